@@ -1,0 +1,86 @@
+"""What `jit_compile` means on each backend, and which form of a formula a backend runs best.
+
+This is the only backend-specific code of the package.
+"""
+
+import functools
+
+import keras
+from keras import ops
+
+
+def use_gradient_form(training):
+    """Whether to build the form of a formula with the cheapest gradient.
+
+    Only TensorFlow has a reason not to: its converters map the other form onto fewer operators, and they trace models with
+    `training=False`. On JAX, gradients are often taken without `training=True`, and XLA makes the forward pass of
+    both forms the same program.
+    """
+    return bool(training) or keras.backend.backend() != "tensorflow"
+
+
+def maximum_with_constant(y, constant):
+    """`max(y, constant)`, where no gradient flows to `constant`.
+
+    Forward + backward of FRN + TLU at 32x56x56x64 in a TensorFlow graph with one XLA cluster per layer: 18.6 ms with a
+    selection, 24.2 ms with `maximum`, whose gradient compares again outside of the cluster. PyTorch's selection with a
+    broadcast operand takes 21 ms forward alone, where `maximum` takes 7.
+    """
+    if keras.backend.backend() == "torch":
+        return ops.maximum(y, constant)
+    # A NaN in y is below nothing and so stays.
+    return ops.where(y < constant, constant, y)
+
+
+def run(function, arrays, options, jit_compile):
+    """Calls `function(**arrays, **options)` under the layer's `jit_compile` setting.
+
+    Args:
+        function: A pure function of module level.
+        arrays: Dict of tensors or None.
+        options: Dict of hashable values, constants of the compiled program; `training` among them.
+        jit_compile: True for one XLA cluster (`torch.compile` on PyTorch) of its own, False for no compilation, None
+            for what measures best: a cluster in a TensorFlow graph that is traced for training.
+    """
+    if jit_compile is None:
+        jit_compile = options["training"] and keras.backend.backend() == "tensorflow" and not _runs_eagerly()
+    if not jit_compile:
+        return function(**arrays, **options)
+    if keras.backend.backend() == "tensorflow" and not _runs_eagerly():
+        import tensorflow as tf
+
+        # A must-compile function inside a graph would survive into ONNX files, which then do not load.
+        with tf.xla.experimental.jit_scope():
+            return function(**arrays, **options)
+    return _compiled(function, tuple(sorted(options.items())))(arrays)
+
+
+def _runs_eagerly():
+    import tensorflow as tf
+
+    return tf.executing_eagerly()
+
+
+@functools.lru_cache(maxsize=None)
+def _compiled(function, options):
+    # The arrays are arguments: closed over, they would be baked into the program as constants.
+    def call(arrays):
+        return function(**arrays, **dict(options))
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(call, jit_compile=True, autograph=False)
+    if backend == "jax":
+        import jax
+
+        return jax.jit(call)
+    if backend == "torch":
+        import torch
+
+        return torch.compile(call)
+    raise ValueError(
+        f"`jit_compile=True` must run on the TensorFlow, JAX or PyTorch backend. Received: backend={backend!r}. "
+        "Pass `jit_compile=None`."
+    )
