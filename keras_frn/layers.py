@@ -1,18 +1,12 @@
 """The three layers: weights and config. The mathematics is in `ops`."""
 
-import math
-import numbers
-import warnings
-
 import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
+from . import arguments
 from . import ops as frn_ops
 from .compilation import run
-
-# Below the value that the paper's learned epsilon starts from, a single position is close to sign(x).
-_SMALL_EPSILON = 1e-4
 
 
 @keras.saving.register_keras_serializable(package="keras_frn")
@@ -20,26 +14,28 @@ class FilterResponseNormalization(keras.layers.Layer):
     """Filter Response Normalization (FRN).
 
     ```
-    nu2 = mean(x * x)                                        over the spatial positions of one sample and channel
+    nu2 = mean(x * x)          over the spatial positions of one sample and channel
     y   = gamma * x / sqrt(nu2 + epsilon + |learned_epsilon|) + beta
     ```
 
-    Each channel of each sample is divided by its own root mean square. There are no batch statistics: training and
-    inference compute the same function, and a sample's result does not depend on the others. Follow it with `TLU`, not
-    ReLU (the mean is not subtracted, so the threshold has to be learned), or use `FilterResponseNormalizationTLU`. Where
-    there is one spatial position (dense features, 1x1 maps), use `learned_epsilon=True`: with a small constant epsilon,
-    `x / sqrt(x * x)` is the sign of x, and its gradient is zero.
+    Each channel of each sample is divided by its own root mean square. There are no batch
+    statistics: training and inference compute the same function, and a sample's result does not
+    depend on the others. Follow it with `TLU`, not ReLU (the mean is not subtracted, so the
+    threshold has to be learned), or use `FilterResponseNormalizationTLU`. Where there is one
+    spatial position (dense features, 1x1 maps), use `learned_epsilon=True`: with a small constant
+    epsilon, `x / sqrt(x * x)` is the sign of x, and its gradient is zero.
 
     Shape:
-        Input and output: `(batch, *spatial, channels)`, or `(batch, channels, *spatial)` with `axis=1`. Rank 2 or more;
-        spatial sizes may be unknown and may change from call to call, the channel size must be known.
+        Input and output: `(batch, *spatial, channels)`, or `(batch, channels, *spatial)` with
+        `axis=1`. Rank 2 or more; spatial sizes may be unknown and may change from call to call, the
+        channel size must be known.
 
     Args:
         axis: Int, the channel axis, as in `keras.layers.BatchNormalization`. Defaults to -1.
-        epsilon: Float, or one float per channel, in units of x squared; finite and positive (0 is allowed with a learned
-            epsilon). Defaults to 1e-6.
-        learned_epsilon: False, True (one learned epsilon per layer, as in the paper), or `"per_channel"`. Defaults to
-            False.
+        epsilon: Float, or one float per channel, in units of x squared; finite and positive (0 is
+            allowed with a learned epsilon). Defaults to 1e-6.
+        learned_epsilon: False, True (one learned epsilon per layer, as in the paper), or
+            `"per_channel"`. Defaults to False.
         center: Whether to add `beta`. Defaults to True.
         scale: Whether to multiply by `gamma`. Defaults to True.
         beta_initializer: Defaults to `"zeros"`.
@@ -47,20 +43,22 @@ class FilterResponseNormalization(keras.layers.Layer):
         learned_epsilon_initializer: Defaults to `Constant(1e-4)`. At exactly 0 it would stay there.
         beta_regularizer, gamma_regularizer, learned_epsilon_regularizer: Default to None.
         beta_constraint, gamma_constraint, learned_epsilon_constraint: Default to None.
-        jit_compile: True makes the layer one XLA cluster of its own (`torch.compile` on PyTorch), eager or in a graph that
-            is not compiled as a whole. False adds no compilation. None chooses what measures best: a cluster in
-            TensorFlow graphs that train. Defaults to None.
-        **kwargs: `name`, `dtype`, `trainable`. With a half-precision dtype the layer computes in float32; under mixed
-            precision its weights are float32.
+        jit_compile: True makes the layer one XLA cluster of its own (`torch.compile` on PyTorch),
+            eager or in a graph that is not compiled as a whole. False adds no compilation. None
+            chooses what measures best: a cluster in TensorFlow graphs that train. Defaults to None.
+        **kwargs: `name`, `dtype`, `trainable`. With a half-precision dtype the layer computes in
+            float32; under mixed precision its weights are float32.
 
     Call arguments:
         inputs: Float or integer tensor.
-        training: Chooses between two forms of the same function: the one with the cheaper gradient when True.
-        mask: Booleans, the shape of the input without the channel axis or a leading part of it. Positions where it is
-            False do not count in the mean. The mask passes on to the next layer.
+        training: Chooses between two forms of the same function: the one with the cheaper gradient
+            when True.
+        mask: Booleans, the shape of the input without the channel axis or a leading part of it.
+            Positions where it is False do not count in the mean. The mask passes on to the next
+            layer.
 
-    Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or `(channels,)`; an attribute is
-    None where the layer has no such weight.
+    Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or
+    `(channels,)`; an attribute is None where the layer has no such weight.
 
     Example:
 
@@ -74,9 +72,8 @@ class FilterResponseNormalization(keras.layers.Layer):
     Raises:
         ValueError: if an argument, the rank or the channel size does not fit.
 
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
-    Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737.
-    """
+    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
     def __init__(
         self,
@@ -102,12 +99,12 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.autocast = False
         self.supports_masking = True
         self.supports_jit = True
-        self.axis = _checked_channel_axis(axis)
-        self.use_learned_epsilon = _checked_learned_epsilon(learned_epsilon)
-        self.epsilon = _checked_epsilon(epsilon, bool(learned_epsilon))
+        self.axis = arguments.channel_axis(axis)
+        self.use_learned_epsilon = arguments.learned_epsilon(learned_epsilon)
+        self.epsilon = arguments.epsilon(epsilon, learned_epsilon)
         self.center = center
         self.scale = scale
-        self.jit_compile = _checked_jit_compile(jit_compile)
+        self.jit_compile = arguments.jit_compile(jit_compile)
         if learned_epsilon_initializer is None:
             learned_epsilon_initializer = initializers.Constant(1e-4)
         self.beta_initializer = initializers.get(beta_initializer)
@@ -124,8 +121,9 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.learned_epsilon = None
 
     def build(self, input_shape):
-        channels = _built_sizes(self, input_shape, (self.axis,))
-        _check_epsilon_at_build(self, input_shape, channels)
+        (axis,), channels = arguments.sizes(self, input_shape)
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels[0]})
+        arguments.check_epsilon(self, input_shape, _statistics_dtype(self))
         if self.scale:
             self.gamma = _add_weight(self, "gamma", channels)
         if self.center:
@@ -144,7 +142,9 @@ class FilterResponseNormalization(keras.layers.Layer):
             dtype = _statistics_dtype(self)
             learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
             # The schedule of a learned epsilon reaches a traced program, as this one is not an option.
-            arrays["epsilon"] = learned + ops.convert_to_tensor(np.asarray(options.pop("epsilon"), dtype))
+            arrays["epsilon"] = learned + ops.convert_to_tensor(
+                np.asarray(options.pop("epsilon"), dtype)
+            )
         return _run(self, function, weights, inputs, training, arrays, options)
 
     def compute_output_shape(self, input_shape):
@@ -171,16 +171,17 @@ class TLU(keras.layers.Layer):
     z = max(x, tau)            or, with affine=True,    z = max(x, alpha * x + tau)
     ```
 
-    A ReLU whose threshold is learned, for use after Filter Response Normalization, which does not subtract the mean. The
-    result is the maximum to the last bit, for every tau.
+    A ReLU whose threshold is learned, for use after Filter Response Normalization, which does not
+    subtract the mean. The result is the maximum to the last bit, for every tau.
 
     Shape:
-        Input and output: any shape of rank 2 or more. Sizes along `axis` must be known, others may be unknown and may
-        change from call to call.
+        Input and output: any shape of rank 2 or more. Sizes along `axis` must be known, others may
+        be unknown and may change from call to call.
 
     Args:
-        axis: Int or tuple, the axes along which tau varies (`keras.layers.PReLU(shared_axes=...)` names the others). -1
-            gives one threshold per channel, as in the paper; `(1, 2, 3)` one per position of an image. Defaults to -1.
+        axis: Int or tuple, the axes along which tau varies (`keras.layers.PReLU(shared_axes=...)`
+            names the others). -1 gives one threshold per channel, as in the paper; `(1, 2, 3)` one
+            per position of an image. Defaults to -1.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
         tau_initializer: Defaults to `"zeros"`.
         alpha_initializer: Defaults to `"zeros"`.
@@ -191,21 +192,22 @@ class TLU(keras.layers.Layer):
 
     Call arguments:
         inputs: Float or integer tensor.
-        training: Chooses between two forms of the same function: the one with the cheaper gradient when True.
+        training: Chooses between two forms of the same function: the one with the cheaper gradient
+            when True.
 
-    Weights, in this order: `tau`, `alpha`, of the input's sizes along `axis`, axes in ascending order; `alpha` is None
-    without `affine`.
+    Weights, in this order: `tau`, `alpha`, of the input's sizes along `axis`, axes in ascending
+    order; `alpha` is None without `affine`.
 
     Example:
 
-    >>> z = keras_frn.TLU(tau_initializer=keras.initializers.Constant(-1.0))(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]
+    >>> layer = keras_frn.TLU(tau_initializer=keras.initializers.Constant(-1.0))
+    >>> z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]
 
     Raises:
         ValueError: if an argument, the rank or a size does not fit.
 
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
-    Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737.
-    """
+    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
     def __init__(
         self,
@@ -224,9 +226,9 @@ class TLU(keras.layers.Layer):
         self.autocast = False
         self.supports_masking = True
         self.supports_jit = True
-        self.axis = _checked_threshold_axis(axis)
+        self.axis = arguments.threshold_axis(axis)
         self.affine = affine
-        self.jit_compile = _checked_jit_compile(jit_compile)
+        self.jit_compile = arguments.jit_compile(jit_compile)
         self.tau_initializer = initializers.get(tau_initializer)
         self.alpha_initializer = initializers.get(alpha_initializer)
         self.tau_regularizer = regularizers.get(tau_regularizer)
@@ -237,8 +239,8 @@ class TLU(keras.layers.Layer):
         self.alpha = None
 
     def build(self, input_shape):
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        sizes = _built_sizes(self, input_shape, axes)
+        axes, sizes = arguments.sizes(self, input_shape)
+        self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=dict(zip(axes, sizes)))
         self.tau = _add_weight(self, "tau", sizes)
         if self.affine:
             self.alpha = _add_weight(self, "alpha", sizes)
@@ -278,13 +280,14 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
     """Filter Response Normalization and Thresholded Linear Unit in one layer.
 
     ```
-    nu2 = mean(x * x)                                        over the spatial positions of one sample and channel
+    nu2 = mean(x * x)          over the spatial positions of one sample and channel
     y   = gamma * x / sqrt(nu2 + epsilon + |learned_epsilon|) + beta
-    z   = max(y, tau)                                        or, with affine=True, z = max(y, alpha * y + tau)
+    z   = max(y, tau)          or, with affine=True, z = max(y, alpha * y + tau)
     ```
 
-    Equal to `FilterResponseNormalization` followed by `TLU`, and the fastest way to have both: one XLA cluster, one pass for
-    all sums of the backward step, and no full-size tensor kept for it but the input.
+    Equal to `FilterResponseNormalization` followed by `TLU`, and the fastest way to have both: one
+    XLA cluster, one pass for all sums of the backward step, and no full-size tensor kept for it but
+    the input.
 
     Shape:
         Input and output: as in `FilterResponseNormalization`.
@@ -294,13 +297,14 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         tau_initializer, alpha_initializer: Default to `"zeros"`.
         tau_regularizer, alpha_regularizer: Default to None.
         tau_constraint, alpha_constraint: Default to None.
-        axis, epsilon, learned_epsilon, center, scale, jit_compile, beta_*, gamma_*, learned_epsilon_*, **kwargs: As in
-            `FilterResponseNormalization`.
+        axis, epsilon, learned_epsilon, center, scale, jit_compile, beta_*, gamma_*,
+            learned_epsilon_*, **kwargs: As in `FilterResponseNormalization`.
 
     Call arguments: as in `FilterResponseNormalization`.
 
-    Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or `(channels,)`,
-    `tau (channels,)`, `alpha (channels,)`; an attribute is None where the layer has no such weight.
+    Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or
+    `(channels,)`, `tau (channels,)`, `alpha (channels,)`; an attribute is None where the layer has
+    no such weight.
 
     Example:
 
@@ -313,9 +317,8 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
     Raises:
         ValueError: if an argument, the rank or the channel size does not fit.
 
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the Training of Deep
-    Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737.
-    """
+    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
     def __init__(
         self,
@@ -388,7 +391,8 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
 
 
 def _run(layer, function, weights, inputs, training, arrays, options):
-    """Calls the op on the inputs and the weights of these names, and returns the layer's compute dtype."""
+    """Calls the op on the inputs and the weights of these names, and returns the layer's compute
+    dtype."""
     dtype = _statistics_dtype(layer)
     arrays = {"x": ops.cast(inputs, dtype), **arrays}
     for name in weights:
@@ -423,114 +427,3 @@ def _weight_config(layer, names):
         )
         for name in names
     }
-
-
-def _checked_channel_axis(axis):
-    if isinstance(axis, (list, tuple)):
-        raise ValueError(
-            f"`axis` must be one int, the channel axis. Received: axis={axis}. TensorFlow Addons named the spatial axes "
-            "here, `axis=[1, 2]`; pass `axis=-1` instead (the default), and the statistic is over all other axes but "
-            "the batch."
-        )
-    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral) or axis == 0:
-        raise ValueError(
-            f"`axis` must be an int, the channel axis, and not 0, the batch axis. Received: axis={axis}. Use -1 for "
-            "channels-last and 1 for channels-first data."
-        )
-    return int(axis)
-
-
-def _checked_threshold_axis(axis):
-    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
-    if (
-        not axes
-        or any(isinstance(a, bool) or not isinstance(a, numbers.Integral) or a == 0 for a in axes)
-        or len(set(axes)) != len(axes)
-    ):
-        raise ValueError(
-            "`axis` must be an int or a tuple of different ints, the axes along which tau varies, without 0, the batch "
-            f"axis. Received: axis={axis}. Use -1 for one threshold per channel, (1, 2, 3) for one per position."
-        )
-    return tuple(int(a) for a in axes) if isinstance(axis, (list, tuple)) else int(axis)
-
-
-def _checked_learned_epsilon(learned_epsilon):
-    if learned_epsilon not in (False, True, "per_channel"):
-        raise ValueError(
-            "`learned_epsilon` must be False, True (one per layer) or 'per_channel'. Received: "
-            f"learned_epsilon={learned_epsilon!r}. Pass a start value as `learned_epsilon_initializer`."
-        )
-    return learned_epsilon if learned_epsilon == "per_channel" else bool(learned_epsilon)
-
-
-def _checked_epsilon(epsilon, learned):
-    try:
-        values = np.asarray(epsilon, "float64")
-    except (TypeError, ValueError):
-        values = np.asarray(math.nan)
-    positive = np.isfinite(values) & ((values >= 0) if learned else (values > 0))
-    if values.ndim > 1 or values.size == 0 or not positive.all():
-        raise ValueError(
-            "`epsilon` must be a finite float above 0 (or 0 with a learned epsilon), or a sequence of one such float per "
-            f"channel. Received: epsilon={epsilon!r}. The paper uses 1e-6."
-        )
-    return tuple(values.tolist()) if values.ndim else float(values)
-
-
-def _checked_jit_compile(jit_compile):
-    if jit_compile not in (None, True, False):
-        raise ValueError(
-            f"`jit_compile` must be None, True or False. Received: jit_compile={jit_compile!r}. None lets the layer choose."
-        )
-    return jit_compile
-
-
-def _built_sizes(layer, input_shape, axes):
-    """The input's sizes along the axes, ascending, checked; sets the layer's input spec."""
-    rank = len(input_shape)
-    if rank < 2:
-        raise ValueError(
-            f"The input of layer {layer.name!r} must have rank 2 or more, (batch, ..., channels). Received: "
-            f"input_shape={tuple(input_shape)}. Add the missing axis."
-        )
-    if any(not -rank < axis < rank for axis in axes):
-        raise ValueError(
-            f"`axis` must be an axis of the input other than the batch axis. Received: axis={layer.axis}, "
-            f"input_shape={tuple(input_shape)}. Use -1 for channels-last data."
-        )
-    axes = sorted(axis % rank for axis in axes)
-    sizes = tuple(input_shape[axis] for axis in axes)
-    if None in sizes:
-        raise ValueError(
-            f"The input of layer {layer.name!r} must have a known size along axis {layer.axis}, for its weights. Received: "
-            f"input_shape={tuple(input_shape)}. Set it in `keras.Input` or in the layer before."
-        )
-    layer.input_spec = keras.layers.InputSpec(ndim=rank, axes=dict(zip(axes, sizes)))
-    return sizes
-
-
-def _check_epsilon_at_build(layer, input_shape, channels):
-    if isinstance(layer.epsilon, tuple) and len(layer.epsilon) != channels[0]:
-        raise ValueError(
-            f"`epsilon` must be one float, or one per channel. Received: {len(layer.epsilon)} values for {channels[0]} "
-            "channels. Pass as many as there are channels."
-        )
-    dtype = _statistics_dtype(layer)
-    if not layer.use_learned_epsilon and np.any(np.asarray(layer.epsilon, dtype) == 0):
-        raise ValueError(
-            f"`epsilon` must be above 0 in {dtype}. Received: epsilon={layer.epsilon!r}, which rounds to 0 and would give "
-            "NaN for a channel of zeros. The paper uses 1e-6."
-        )
-    channel = layer.axis % len(input_shape)
-    spatial = [size for i, size in enumerate(input_shape) if i not in (0, channel)]
-    if (
-        all(size == 1 for size in spatial)
-        and not layer.use_learned_epsilon
-        and np.min(layer.epsilon) < _SMALL_EPSILON
-    ):
-        warnings.warn(
-            f"Layer {layer.name!r} normalizes a single position per channel with a constant epsilon of {layer.epsilon}: "
-            "its output is close to the sign of its input, and its gradient close to 0. Use `learned_epsilon=True`, as "
-            "the paper does, or a larger epsilon.",
-            stacklevel=2,
-        )

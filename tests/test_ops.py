@@ -1,0 +1,471 @@
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND, float64_enabled, gradients, numpy
+from reference import INPUT_GRADIENT, PARAMETER_GRADIENT, VALUE, close, frn_tlu
+
+import keras_frn
+
+frn = keras_frn.ops.filter_response_normalization
+tlu = keras_frn.ops.tlu
+frn_tlu_op = keras_frn.ops.filter_response_normalization_tlu
+
+SHAPES = [
+    pytest.param((4, 6), -1, id="rank 2, one position"),
+    pytest.param((3, 17, 5), -1, id="rank 3, a series"),
+    pytest.param((2, 7, 9, 5), -1, id="rank 4, an image, odd sizes"),
+    pytest.param((2, 5, 9, 7), 1, id="rank 4, channels first"),
+    pytest.param((2, 9, 5, 7), 2, id="rank 4, channels in the middle"),
+    pytest.param((2, 3, 4, 5, 6), -1, id="rank 5, a volume"),
+    pytest.param((2, 6, 3, 4, 5), -4, id="rank 5, channels first, negative axis"),
+    pytest.param((1, 1, 1, 3), -1, id="batch 1, one position"),
+    pytest.param((2, 4, 4, 1), -1, id="one channel"),
+    pytest.param((2, 64, 64, 3), -1, id="4,096 positions"),
+]
+FORMS = pytest.mark.parametrize("training", [False, True], ids=["inference form", "gradient form"])
+
+
+def parameters(rng, channels):
+    """gamma, beta, tau, alpha with a sign of each and about half of the positions above tau."""
+    return {
+        "gamma": rng.normal(1.0, 0.5, channels).astype("float32"),
+        "beta": rng.normal(0.0, 0.5, channels).astype("float32"),
+        "tau": rng.normal(0.0, 0.5, channels).astype("float32"),
+        "alpha": rng.normal(0.0, 0.3, channels).astype("float32"),
+    }
+
+
+def only(weights, *names):
+    return {name: weights[name] for name in names}
+
+
+def check(function, x, weights, upstream, expected_options, axis, mask=None, **options):
+    z, found = gradients(
+        lambda x, **w: function(x, **w, axis=axis, mask=mask, **options),
+        {"x": x, **weights},
+        upstream,
+    )
+    expected, expected_gradients = frn_tlu(
+        x, **weights, axis=axis, mask=mask, upstream=upstream, **expected_options
+    )
+    close(z, expected, VALUE)
+    close(found["x"], expected_gradients["x"], INPUT_GRADIENT)
+    for name in weights:
+        close(found[name].reshape(-1), np.reshape(expected_gradients[name], -1), PARAMETER_GRADIENT)
+
+
+@FORMS
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_values_and_gradients(shape, axis, training, rng):
+    x, upstream = rng.normal(0.5, 2.0, (2, *shape)).astype("float32")
+    weights = parameters(rng, shape[axis])
+    # With one position the gradient of x vanishes as epsilon does; the paper learns it there.
+    options = {"epsilon": 0.1 if np.prod(shape) == shape[0] * shape[axis] else 1e-6}
+    for names in (("gamma", "beta"), ("gamma",), ("beta",), ()):
+        check(frn, x, only(weights, *names), upstream, options, axis, training=training, **options)
+    for names in (("gamma", "beta", "tau"), ("gamma", "beta", "tau", "alpha")):
+        check(
+            frn_tlu_op,
+            x,
+            only(weights, *names),
+            upstream,
+            options,
+            axis,
+            training=training,
+            **options,
+        )
+
+
+@FORMS
+@pytest.mark.parametrize("missing", ["gamma", "beta"])
+def test_fused_without_gamma_or_beta(missing, training, rng):
+    x, upstream = rng.normal(size=(2, 2, 6, 5, 3)).astype("float32")
+    weights = parameters(rng, 3)
+    present = {"beta": "gamma", "gamma": "beta"}[missing]
+    z, found = gradients(
+        lambda x, tau, **w: frn_tlu_op(x, tau=tau, **w, **{missing: None}, training=training),
+        {"x": x, **only(weights, present, "tau")},
+        upstream,
+    )
+    expected, expected_gradients = frn_tlu(x, **only(weights, present, "tau"), upstream=upstream)
+    close(z, expected, VALUE)
+    for name in found:
+        close(found[name], expected_gradients[name], INPUT_GRADIENT)
+
+
+@FORMS
+def test_epsilon_as_number_sequence_and_tensor(training, rng):
+    x, upstream = (0.1 * rng.normal(size=(2, 2, 6, 5, 3))).astype("float32")
+    for epsilon in (0.3, [0.1, 1e-6, 3.0], (0.1, 1e-6, 3.0), np.array([0.1, 1e-6, 3.0])):
+        close(numpy(frn(x, epsilon=epsilon, training=training)), frn_tlu(x, epsilon=epsilon), VALUE)
+    for epsilon in (np.array([0.3], "float32"), np.array([0.1, 1e-6, 3.0], "float32")):
+        _, found = gradients(
+            lambda x, epsilon: frn(x, epsilon=epsilon, training=training),
+            {"x": x, "epsilon": epsilon},
+            upstream,
+        )
+        _, expected = frn_tlu(x, epsilon=epsilon, upstream=upstream)
+        per_channel = expected["epsilon"]
+        expected_epsilon = per_channel if epsilon.size == 3 else per_channel.sum(keepdims=True)
+        close(found["epsilon"], expected_epsilon, PARAMETER_GRADIENT)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("shape", "axis", "mask_shape"),
+    [
+        pytest.param((3, 9, 4), -1, (3, 9), id="series"),
+        pytest.param((3, 9, 6, 4), -1, (3, 9, 6), id="image, per position"),
+        pytest.param((3, 9, 6, 4), -1, (3, 9), id="image, per row"),
+        pytest.param((3, 9, 6, 4), -1, (3,), id="image, per sample"),
+        pytest.param((3, 4, 9, 6), 1, (3, 9, 6), id="channels first"),
+        pytest.param((3, 4, 9, 6), 1, (3, 9), id="channels first, per row"),
+    ],
+)
+def test_mask(shape, axis, mask_shape, training, rng):
+    x, upstream = rng.normal(size=(2, *shape)).astype("float32")
+    mask = rng.random(mask_shape) < 0.6
+    mask[0], mask[2] = True, False  # all kept, some kept, none kept
+    # Nothing is kept of the last sample: its r is 1 / sqrt(epsilon), 1 here to keep the scale.
+    options = {"epsilon": 1.0}
+    weights = parameters(rng, shape[axis])
+    for op, names in ((frn, ("gamma", "beta")), (frn_tlu_op, ("gamma", "beta", "tau"))):
+        check(
+            op,
+            x,
+            only(weights, *names),
+            upstream,
+            options,
+            axis,
+            mask,
+            training=training,
+            **options,
+        )
+
+
+@FORMS
+def test_masked_values_do_not_count(training, rng):
+    x, upstream = rng.normal(size=(2, 2, 9, 4)).astype("float32")
+    lengths = (5, 7)
+    mask = np.arange(9) < np.array(lengths)[:, None]
+    upstream = np.where(mask[..., None], upstream, 0).astype("float32")
+    for padding in (0.0, 1e6, np.nan):
+        padded = np.where(mask[..., None], x, padding).astype("float32")
+        z, found = gradients(
+            lambda x: frn(x, mask=mask, training=training), {"x": padded}, upstream
+        )
+        # Each sample without its padding is the same; a NaN spoils its own position and, through
+        # gamma's place in the formula, gradients, but no value that counts.
+        for i, length in enumerate(lengths):
+            part = slice(i, i + 1), slice(0, length)
+            expected, expected_gradients = frn_tlu(x[part], upstream=upstream[part])
+            close(z[part], expected, VALUE)
+            if not np.isnan(padding):
+                close(found["x"][part], expected_gradients["x"], INPUT_GRADIENT)
+
+
+@FORMS
+def test_fully_masked_sample_is_finite(training, rng):
+    x = rng.normal(size=(2, 9, 4)).astype("float32")
+    z, found = gradients(
+        lambda x: frn(x, mask=np.zeros((2, 9), bool), training=training), {"x": x}, np.ones_like(x)
+    )
+    close(z, x / np.sqrt(1e-6), VALUE)
+    close(found["x"], np.full(x.shape, 1e3), INPUT_GRADIENT)
+
+
+# A tau far from the inputs, and one among them; the largest float32 and the infinities.
+TAUS = [-np.inf, -3e38, -1e20, -1e4, -20.0, -1.0, -1e-30, 0.0, 1e-30, 0.7, 1e4, 3e38, np.inf]
+
+
+@FORMS
+@pytest.mark.parametrize("tau", TAUS)
+def test_tlu_is_the_maximum_to_the_bit(tau, training, rng):
+    scales = 10.0 ** rng.uniform(-6, 6, (4, 50, 3))
+    x = (rng.normal(size=(4, 50, 3)) * scales).astype("float32")
+    x[0, :4] = [0.3], [-0.3], [np.inf], [-np.inf]
+    taus = np.array([tau, tau / 2, 0.1], "float32")
+    np.testing.assert_array_equal(numpy(tlu(x, taus, training=training)), np.maximum(x, taus))
+
+
+@FORMS
+@pytest.mark.parametrize("tau", TAUS)
+def test_fused_tlu_is_exact_for_every_tau(tau, training, rng):
+    x = rng.normal(size=(2, 30, 30, 3)).astype("float32")
+    taus = np.array([tau, tau / 2, 0.1], "float32")
+    z = numpy(frn_tlu_op(x, None, None, taus, training=training))
+    y = np.asarray(frn_tlu(x))
+    # Float32 roundings of y, at the size of y and not at the size of tau.
+    expected = np.maximum(y, taus.astype("float64"))
+    np.testing.assert_allclose(z, expected, rtol=1e-6, atol=1e-6)
+
+
+@FORMS
+@pytest.mark.parametrize(
+    ("axis", "tau_shape"),
+    [
+        (-1, (5,)),
+        (1, (3,)),
+        ((1, 2, 3), (3, 4, 5)),
+        ((3, 1), (3, 5)),
+        ((2,), (4,)),
+        ([1, -1], (3, 5)),
+    ],
+)
+@pytest.mark.parametrize("affine", [False, True])
+def test_tlu_axes(axis, tau_shape, affine, training, rng):
+    x, upstream = rng.normal(size=(2, 2, 3, 4, 5)).astype("float32")
+    axes = sorted(a % 4 for a in (axis if isinstance(axis, (list, tuple)) else (axis,)))
+    weights = {"tau": rng.normal(size=tau_shape).astype("float32")}
+    if affine:
+        weights["alpha"] = rng.normal(size=tau_shape).astype("float32")
+    shape = [x.shape[a] if a in axes else 1 for a in range(4)]
+    slope = weights["alpha"].reshape(shape) * x if affine else 0.0
+    line = slope + weights["tau"].reshape(shape)
+    below = line > x
+    z, found = gradients(
+        lambda x, **w: tlu(x, **w, axis=axis, training=training), {"x": x, **weights}, upstream
+    )
+    close(z, np.where(below, line, x), VALUE)
+    others = tuple(a for a in range(4) if a not in axes)
+    close(found["tau"], np.where(below, upstream, 0).astype("float64").sum(others), 1e-5)
+    slope = weights["alpha"].reshape(shape) if affine else 0.0
+    close(found["x"], np.where(below, slope * upstream, upstream), VALUE)
+    if affine:
+        close(found["alpha"], np.where(below, upstream * x, 0).astype("float64").sum(others), 1e-5)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_computed_in_float32(dtype, training, rng):
+    largest = 65504.0
+    x = np.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3) * largest
+    x = keras.ops.cast(x.astype("float32"), dtype)
+    z = frn(x, training=training)
+    assert keras.backend.standardize_dtype(z.dtype) == dtype
+    expected = frn_tlu(numpy(keras.ops.cast(x, "float32")))
+    # One rounding to 11 bits (float16) or 8 bits (bfloat16).
+    rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    np.testing.assert_allclose(numpy(keras.ops.cast(z, "float32")), expected, rtol=1.01 * rounding)
+
+
+@FORMS
+@pytest.mark.parametrize("alpha", [None, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_float64(masked, alpha, training, rng):
+    with float64_enabled():
+        mask = rng.random((2, 30, 31)) < 0.7 if masked else None
+        x, upstream = rng.normal(size=(2, 2, 30, 31, 3))
+        weights = {n: rng.normal(size=3) for n in ("gamma", "beta", "tau")}
+        if alpha is not None:
+            weights["alpha"] = np.full(3, alpha)
+        options = {"epsilon": 0.1, "mask": mask}
+        z, found = gradients(
+            lambda x, **w: frn_tlu_op(x, **w, **options, training=training),
+            {"x": x, **weights},
+            upstream,
+        )
+        assert z.dtype == "float64"
+        expected, expected_gradients = frn_tlu(x, **weights, **options, upstream=upstream)
+        close(z, expected, 1e-14)  # 0.1 in float32 would be off by 1.5e-9
+        for name in found:
+            close(found[name], expected_gradients[name], 1e-13)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "bool"])
+def test_integers_become_float(dtype, rng):
+    x = rng.integers(0, 2, (2, 4, 4, 3)).astype(dtype)
+    z = frn(x)
+    assert keras.backend.standardize_dtype(z.dtype) == keras.config.floatx()
+    close(numpy(z), frn_tlu(x.astype("float64")), VALUE)
+    close(numpy(tlu(x, np.zeros(3, "float32"))), x.astype("float64"), 0)
+
+
+@FORMS
+def test_zeros_and_tiny_numbers_have_finite_gradients(training):
+    for x in (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4, 3), 1e-30), np.full((2, 4, 4, 3), 1e-22)):
+        x = x.astype("float32")
+        weights = {"gamma": np.ones(3), "beta": np.zeros(3), "tau": np.full(3, -1.0)}
+        weights = {n: w.astype("float32") for n, w in weights.items()}
+        z, found = gradients(
+            lambda x, **w: frn_tlu_op(x, **w, training=training),
+            {"x": x, **weights},
+            np.ones_like(x),
+        )
+        # x is far below sqrt(epsilon): y = x * 1e3, gradient 1e3; backends may flush 1e-30 to 0.
+        close(z, x * 1e3, 1e-18)
+        close(found["x"], np.full(x.shape, 1e3), INPUT_GRADIENT)
+        assert all(np.isfinite(g).all() for g in found.values())
+
+
+@FORMS
+def test_empty_batch(training):
+    x = np.zeros((0, 4, 4, 3), "float32")
+    weights = {n: np.ones(3, "float32") for n in ("gamma", "beta", "tau")}
+    z, found = gradients(
+        lambda x, **w: frn_tlu_op(x, **w, training=training), {"x": x, **weights}, x
+    )
+    assert z.shape == found["x"].shape == x.shape
+    for name in weights:
+        np.testing.assert_array_equal(found[name], np.zeros(3))
+
+
+@FORMS
+def test_nan_and_infinity_stay_in_their_sample_and_channel(training, rng):
+    x, upstream = rng.normal(size=(2, 3, 8, 8, 4)).astype("float32")
+    spoiled = x.copy()
+    spoiled[0, 1, 2, 3], spoiled[2, 5, 5, 1] = np.nan, np.inf
+    tau = np.full(4, -0.5, "float32")
+    z, found = gradients(
+        lambda x: frn_tlu_op(x, None, None, tau, training=training), {"x": x}, upstream
+    )
+    z_spoiled, found_spoiled = gradients(
+        lambda x: frn_tlu_op(x, None, None, tau, training=training), {"x": spoiled}, upstream
+    )
+    untouched = np.ones((3, 4), bool)
+    untouched[0, 3] = untouched[2, 1] = False
+    for clean, dirty in ((z, z_spoiled), (found["x"], found_spoiled["x"])):
+        clean, dirty = np.moveaxis(clean, -1, 1), np.moveaxis(dirty, -1, 1)
+        np.testing.assert_array_equal(clean[untouched], dirty[untouched])
+    assert np.isnan(z_spoiled[0, 1, 2, 3]), "a NaN must show"
+
+
+@FORMS
+def test_nan_in_tau_shows(training):
+    z = numpy(
+        tlu(np.ones((1, 2), "float32"), np.array([np.nan, 0.0], "float32"), training=training)
+    )
+    assert np.isnan(z[0, 0])
+    assert z[0, 1] == 1
+
+
+@FORMS
+def test_samples_do_not_depend_on_each_other(training, rng):
+    x, upstream = rng.normal(size=(2, 5, 13, 7, 6)).astype("float32")
+    weights = only(parameters(rng, 6), "gamma", "beta", "tau")
+
+    def run(x):
+        return gradients(lambda x: frn_tlu_op(x, **weights, training=training), {"x": x}, upstream)
+
+    z, found = run(x)
+    other = x.copy()
+    other[[0, 1, 3, 4]] = 1e3 * rng.normal(size=(4, 13, 7, 6))
+    z_other, found_other = run(other)
+    np.testing.assert_array_equal(z[2], z_other[2])
+    np.testing.assert_array_equal(found["x"][2], found_other["x"][2])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 200_000, 2), id="series"),
+        pytest.param((1, 4099, 2), id="series of prime length"),
+        pytest.param((1, 224, 224, 3), id="image"),
+        pytest.param((1, 96, 96, 96, 2), id="volume"),
+    ],
+)
+@FORMS
+def test_large_means_are_accurate(shape, training, rng):
+    x = rng.uniform(0.5, 1.0, shape).astype("float32")  # all of one sign: errors do not cancel
+    close(numpy(frn(x, training=training)), frn_tlu(x), VALUE)
+
+
+@FORMS
+def test_gradient_agrees_with_finite_differences(training, rng):
+    with float64_enabled():
+        x, upstream, direction = rng.normal(size=(3, 2, 5, 6, 3))
+        tau = np.array([-0.5, 0.2, -2.0])
+
+        def loss(x):
+            return np.sum(numpy(frn_tlu_op(x, None, None, tau, training=training)) * upstream)
+
+        _, found = gradients(
+            lambda x: frn_tlu_op(x, None, None, tau, training=training), {"x": x}, upstream
+        )
+        step = 1e-6
+        slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+        # Second-order error of the central difference, 1e-12, over rounding, 1e-16 / 1e-6.
+        np.testing.assert_allclose(np.sum(found["x"] * direction), slope, rtol=1e-7)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="forward mode and vmap are written for JAX here")
+def test_forward_mode_second_order_and_vmap(rng):
+    import jax
+
+    x, direction = rng.normal(size=(2, 2, 5, 6, 3)).astype("float32")
+    weights = only(parameters(rng, 3), "gamma", "beta", "tau")
+
+    def loss(x):
+        return jax.numpy.sum(frn_tlu_op(x, **weights, training=True) ** 2)
+
+    _, forward = jax.jvp(loss, (x,), (direction,))
+    backward = jax.numpy.vdot(jax.grad(loss)(x), direction)
+    np.testing.assert_allclose(forward, backward, rtol=1e-5)
+    hessian_vector = jax.jvp(jax.grad(loss), (x,), (direction,))[1]
+    step = 1e-3
+    difference = (jax.grad(loss)(x + step * direction) - jax.grad(loss)(x - step * direction)) / (
+        2 * step
+    )
+    kinked = np.abs(hessian_vector - difference) > 0.05 * (1 + np.abs(difference))
+    assert kinked.mean() < 0.02, "only elements that cross tau within the step may differ"
+    per_sample = jax.vmap(lambda x: frn_tlu_op(x[None], **weights, training=True)[0])(x)
+    close(per_sample, numpy(frn_tlu_op(x, **weights, training=True)), VALUE)
+
+
+def test_per_example_gradients(rng):
+    """Of differential privacy: the gradient of each sample alone, summed, is the gradient of the batch."""
+    x, upstream = rng.normal(size=(2, 4, 6, 5, 3)).astype("float32")
+    weights = only(parameters(rng, 3), "gamma", "beta", "tau")
+
+    def run(x, upstream):
+        return gradients(lambda **w: frn_tlu_op(x, **w, training=True), weights, upstream)[1]
+
+    whole = run(x, upstream)
+    singles = [run(x[i : i + 1], upstream[i : i + 1]) for i in range(4)]
+    for name in weights:
+        close(sum(s[name].astype("float64") for s in singles), whole[name], PARAMETER_GRADIENT)
+
+
+def test_symbolic_tensors():
+    x = keras.Input((None, None, 3))
+    y = keras_frn.ops.tlu(keras_frn.ops.filter_response_normalization(x), np.zeros(3, "float32"))
+    model = keras.Model(x, y)
+    assert model.output_shape == (None, None, None, 3)
+    data = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype("float32")
+    close(numpy(model(data)), frn_tlu(data, tau=0.0), VALUE)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: frn(np.zeros(3, "float32")), r"rank 2 or more.*x.shape=\(3,\)"),
+        (lambda: frn(np.zeros((2, 3, 4), "float32"), axis=0), r"not the batch axis.*axis=0"),
+        (lambda: frn(np.zeros((2, 3, 4), "float32"), axis=3), r"rank 3.*axis=3"),
+        (lambda: frn(np.zeros((2, 0, 4), "float32")), r"spatial position.*x.shape=\(2, 0, 4\)"),
+        (lambda: frn(np.zeros((2, 3, 4), "float32"), np.zeros(3)), r"`gamma`.*gamma.shape=\(3,\)"),
+        (
+            lambda: frn(np.zeros((2, 3, 4), "float32"), mask=np.ones((2, 4), bool)),
+            r"mask.shape=\(2, 4\)",
+        ),
+        (lambda: frn(np.zeros((2, 3, 4), "float32"), epsilon=[1, 2]), r"`epsilon`.*shape=\(2,\)"),
+        (
+            lambda: tlu(np.zeros((2, 3, 4), "float32"), np.zeros(4), axis=(1, -2)),
+            r"different axes.*\(1, -2\)",
+        ),
+        (
+            lambda: tlu(np.zeros((2, 3, 4), "float32"), np.zeros(4), axis=(1, 2)),
+            r"tau.shape=\(4,\)",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_no_warnings_on_ordinary_input():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frn(np.ones((1, 2, 2, 1), "float32"))
