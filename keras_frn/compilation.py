@@ -65,7 +65,12 @@ def run(function, arrays, options, jit_compile):
         # A must-compile function would survive into ONNX files, which then do not load.
         with tf.xla.experimental.jit_scope():
             return function(**arrays, **options)
-    return _compiled(function, tuple(sorted(options.items())))(arrays)
+    shapes = tuple(
+        (name, tuple(array.shape)[1 if name in ("x", "mask") else 0 :])
+        for name, array in arrays.items()
+        if array is not None
+    )
+    return _compiled(function, tuple(sorted(options.items())), shapes)(arrays)
 
 
 def _in_tensorflow_graph():
@@ -77,8 +82,10 @@ def _in_tensorflow_graph():
 
 
 @functools.cache
-def _compiled(function, options):
+def _compiled(function, options, shapes):
     # The arrays are arguments: closed over, they would be baked into the program as constants.
+    # All shapes but the batch size are in the key: a TensorFlow function that has seen two shapes
+    # would generalize what must be known, the rank and the channel size.
     def call(arrays):
         return function(**arrays, **dict(options))
 

@@ -415,7 +415,7 @@ def test_forward_mode_second_order_and_vmap(rng):
 
 
 def test_per_example_gradients(rng):
-    """Of differential privacy: the gradient of each sample alone, summed, is the gradient of the batch."""
+    """The gradients of each sample alone, as in differential privacy, add up to the batch's."""
     x, upstream = rng.normal(size=(2, 4, 6, 5, 3)).astype("float32")
     weights = only(parameters(rng, 3), "gamma", "beta", "tau")
 
