@@ -1,0 +1,331 @@
+"""A float32 copy of a model that computes the same function in a form that quantizes well.
+
+Filter Response Normalization does not see a positive factor of an input channel: `x -> k * x` with
+`epsilon -> k**2 * epsilon` leaves its output as it is. So the layer before it may scale its filters
+until each channel has a root mean square of one, and one integer scale fits all channels.
+"""
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from . import ops as frn_ops
+from .layers import FilterResponseNormalization, FilterResponseNormalizationTLU
+
+# Shares of the largest mean square of a layer: below the first, 8 bits leave fewer than 4 steps;
+# below the second, less than half a step.
+_RESOLVED, _VISIBLE = 1 / 64, 1 / 512
+# What the first of two normalizations adds. Mean squares spread over a factor of 100 become spread
+# over about 10 in each of the two.
+_FIRST_EPSILON = 1 / 16
+
+_COMMUTING = (
+    layers.Identity,
+    layers.Dropout,
+    layers.SpatialDropout1D,
+    layers.SpatialDropout2D,
+    layers.SpatialDropout3D,
+    layers.ZeroPadding1D,
+    layers.ZeroPadding2D,
+    layers.ZeroPadding3D,
+    layers.Cropping1D,
+    layers.Cropping2D,
+    layers.Cropping3D,
+    layers.UpSampling1D,
+    layers.UpSampling2D,
+    layers.UpSampling3D,
+    layers.MaxPooling1D,
+    layers.MaxPooling2D,
+    layers.MaxPooling3D,
+    layers.AveragePooling1D,
+    layers.AveragePooling2D,
+    layers.AveragePooling3D,
+    layers.GlobalMaxPooling1D,
+    layers.GlobalMaxPooling2D,
+    layers.GlobalMaxPooling3D,
+    layers.GlobalAveragePooling1D,
+    layers.GlobalAveragePooling2D,
+    layers.GlobalAveragePooling3D,
+    layers.LeakyReLU,
+)
+_KERNEL_LAST = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_OTHER_FLOATS = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
+# f(k * x) = k * f(x) for k > 0.
+_HOMOGENEOUS = (keras.activations.linear, keras.activations.relu, keras.activations.leaky_relu)
+
+
+class _Normalization(layers.Layer):
+    """One of our normalizations with its weights as constants, in a float or an integer form.
+
+    The integer form takes `rsqrt(max(nu2, floor))`, as the rare large values of
+    `rsqrt(nu2 + epsilon)` would stretch the integer range of all others. Where the mean squares
+    span more than 8 bits resolve, it normalizes twice: with a large epsilon, which brings the
+    samples to similar scales, and then exactly. Above the floor both equal the float form.
+    """
+
+    def __init__(self, source):
+        super().__init__(name=source.name, dtype="float32")
+        self.supports_masking = True
+        self.axis = source.axis
+        epsilon = np.asarray(source.epsilon, "float64")
+        if source.use_learned_epsilon:
+            epsilon = epsilon + np.abs(
+                ops.convert_to_numpy(source.learned_epsilon), dtype="float64"
+            )
+        weights = (getattr(source, name, None) for name in ("gamma", "beta", "tau", "alpha"))
+        self.constants = [None if w is None else w.numpy() for w in weights]
+        self.epsilon = epsilon
+        self.recorded = None
+        self.floor = None
+        self.first_epsilon = None
+
+    def call(self, inputs, mask=None):
+        gamma, beta, tau, alpha = (
+            None if c is None else c.astype("float32") for c in self.constants
+        )
+        if self.recorded is not None:
+            self.recorded.append(ops.convert_to_numpy(self._mean_square(inputs)))
+        if self.floor is not None and mask is None:
+            return self._integer_form(inputs, gamma, beta, tau, alpha)
+        options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
+        if tau is None:
+            return frn_ops.filter_response_normalization(inputs, gamma, beta, **options)
+        return frn_ops.filter_response_normalization_tlu(inputs, gamma, beta, tau, alpha, **options)
+
+    def _integer_form(self, x, gamma, beta, tau, alpha):
+        epsilon = self.epsilon
+        if self.first_epsilon is not None:
+            # With e1 and then e2 the result is x / sqrt((1 + e2) * nu2 + e1 * e2).
+            x = x * ops.rsqrt(self._mean_square(x) + self.aligned(self.first_epsilon, x))
+            epsilon = epsilon / (self.first_epsilon - epsilon)
+            gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
+        nu2 = self._mean_square(x)
+        if np.max(epsilon) > _VISIBLE * self.floor / _RESOLVED:
+            nu2 = nu2 + self.aligned(epsilon, x)
+        scale = ops.rsqrt(ops.maximum(nu2, self.aligned(self.floor, x)))
+        y = x * (scale if gamma is None else scale * self.aligned(gamma, x))
+        if beta is not None:
+            y = y + self.aligned(beta, x)
+        return y if tau is None else frn_ops.tlu(y, tau, alpha, axis=self.axis)
+
+    def _mean_square(self, x):
+        axes = [axis for axis in range(1, len(x.shape)) if axis != self.axis % len(x.shape)]
+        return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
+
+    def aligned(self, value, x):
+        """A constant of x's rank, as converters want it."""
+        value = np.asarray(value, "float32").reshape(-1)
+        shape = [1] * len(x.shape)
+        shape[self.axis] = value.size
+        return value.reshape(shape)
+
+
+class InferenceCopy:
+    """A float32 copy of a functional or Sequential model, with its wiring.
+
+    Its layers and weights are new; nested models keep their place. `normalizations` are the layers
+    of this package in it, `equalized` the names of those that `equalize` served, and
+    `not_equalized` maps the names of the others to the reason.
+    """
+
+    def __init__(self, model):
+        self._copies = []
+        self._calls = []
+        self._same = {}
+        self._mean_squares = None
+        self.equalized, self.not_equalized = [], {}
+        inputs = keras.tree.map_structure(
+            lambda t: keras.Input(batch_shape=t.shape, dtype=_float32(t.dtype), name=t.name),
+            model.input,
+        )
+        self.model = keras.models.clone_model(
+            # Without what the caller compiled, which a copy may not be able to restore.
+            keras.Model(model.input, model.output, name=model.name),
+            input_tensors=inputs,
+            clone_function=self._clone,
+            call_function=self._call,
+            recursive=True,
+        )
+        for source, copy in self._copies:
+            if not isinstance(copy, _Normalization):
+                copy.set_weights(source.get_weights())
+        self.normalizations = [c for _, c in self._copies if isinstance(c, _Normalization)]
+
+    def _clone(self, layer):
+        if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
+            copy = _Normalization(layer)
+        else:
+            copy = layer.__class__.from_config(_float32(layer.get_config()))
+        if isinstance(layer, keras.Layer):
+            self._copies.append((layer, copy))
+        return copy
+
+    def _call(self, layer, *args, **kwargs):
+        outputs = layer(*args, **kwargs)
+        self._connect(layer, _tensors((args, kwargs)), _tensors(outputs))
+        return outputs
+
+    def _connect(self, layer, inputs, outputs):
+        if isinstance(layer, keras.Sequential):
+            for inner in layer.layers[:-1]:
+                between = keras.KerasTensor(())
+                self._connect(inner, inputs, [between])
+                inputs = [between]
+            self._connect(layer.layers[-1], inputs, outputs)
+        elif isinstance(layer, keras.Function):
+            self._calls.append((layer, [], []))
+            for inside, outside in zip(layer.inputs, inputs):
+                self._same[id(inside)] = self._tensor(outside)
+            for inside, outside in zip(layer.outputs, outputs):
+                self._same[id(outside)] = self._tensor(inside)
+        else:
+            self._calls.append((layer, inputs, outputs))
+
+    def _tensor(self, tensor):
+        """One of the tensors that are the same on both sides of the border of a nested model."""
+        while id(tensor) in self._same:
+            tensor = self._same[id(tensor)]
+        return tensor
+
+    def equalize(self, batches):
+        """Scales each input channel of a normalization to unit root mean square on the batches."""
+        self._record(batches)
+        for layer in self.normalizations:
+            values = self._mean_squares[layer]
+            channels = layer.axis % values.ndim
+            others = tuple(axis for axis in range(values.ndim) if axis != channels)
+            factor = 1 / np.sqrt(values.mean(others) + layer.epsilon)
+            try:
+                targets = self._scalable(self._input_of(layer), factor)
+            except _NotScalableError as reason:
+                self.not_equalized[layer.name] = str(reason)
+                continue
+            for target, part in targets:
+                target.set_weights(_scaled_weights(target, part))
+            layer.epsilon = layer.epsilon * factor**2
+            self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
+            self.equalized.append(layer.name)
+
+    def use_integer_form(self, batches):
+        """Gives each normalization the integer form that fits its mean squares on the batches."""
+        if self._mean_squares is None:
+            self._record(batches)
+        for layer in self.normalizations:
+            values = self._mean_squares[layer]
+            values = values + layer.aligned(layer.epsilon, values)
+            largest = values.max()
+            if np.quantile(values, 0.1) < _RESOLVED * largest:
+                layer.first_epsilon = np.maximum(_FIRST_EPSILON * largest, 2 * layer.epsilon)
+                largest = 1.0
+            layer.floor = _RESOLVED * largest
+
+    def _record(self, batches):
+        for layer in self.normalizations:
+            layer.recorded = []
+        for batch in batches:
+            self.model(keras.tree.pack_sequence_as(self.model.input, batch), training=False)
+        self._mean_squares = {}
+        for layer in self.normalizations:
+            self._mean_squares[layer] = np.concatenate(layer.recorded).astype("float64")
+            layer.recorded = None
+
+    def _input_of(self, layer):
+        inputs = [inputs for caller, inputs, _ in self._calls if caller is layer]
+        if len(inputs) != 1:
+            raise _NotScalableError("it is used in several places")
+        if layer.axis not in (-1, self._mean_squares[layer].ndim - 1):
+            raise _NotScalableError("its channels are not the last axis")
+        return inputs[0][0]
+
+    def _scalable(self, tensor, factor):
+        """The layers to scale, with their factors, so that `tensor` is scaled and nothing else."""
+        tensor = self._tensor(tensor)
+        uses = [
+            caller.name
+            for caller, inputs, _ in self._calls
+            for used in inputs
+            if self._tensor(used) is tensor
+        ]
+        uses += ["the model's output" for out in self.model.outputs if self._tensor(out) is tensor]
+        if len(uses) > 1:
+            raise _NotScalableError(f"what feeds it also feeds {uses[-1]}")
+        made = [call for call in self._calls if any(t is tensor for t in call[2])]
+        if not made:
+            raise _NotScalableError("it is fed by the model's input")
+        layer, inputs, _ = made[0]
+        if sum(caller is layer for caller, _, _ in self._calls) > 1:
+            raise _NotScalableError(f"{layer.name} is used in several places")
+        if isinstance(layer, layers.Add) and all(t.shape[-1] == factor.size for t in inputs):
+            return [target for t in inputs for target in self._scalable(t, factor)]
+        if isinstance(layer, layers.Concatenate) and layer.axis in (-1, len(tensor.shape) - 1):
+            parts = np.split(factor, np.cumsum([t.shape[-1] for t in inputs])[:-1])
+            return [target for t, part in zip(inputs, parts) for target in self._scalable(t, part)]
+        if _commutes(layer):
+            return self._scalable(inputs[0], factor)
+        if not _is_scalable(layer):
+            raise _NotScalableError(f"{layer.name} ({type(layer).__name__}) cannot be scaled")
+        return [(layer, factor)]
+
+
+class _NotScalableError(Exception):
+    """Says why a channel cannot be scaled."""
+
+
+def _commutes(layer):
+    """Whether the layer maps a scaled channel to its output, scaled alike."""
+    if isinstance(layer, layers.ReLU):
+        return layer.max_value is None and not np.any(layer.threshold)
+    if isinstance(layer, layers.Activation):
+        return layer.activation in _HOMOGENEOUS
+    return isinstance(layer, _COMMUTING) and _is_channels_last(layer)
+
+
+def _is_scalable(layer):
+    return (
+        isinstance(layer, (*_KERNEL_LAST, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
+        and layer.activation in _HOMOGENEOUS
+        and _is_channels_last(layer)
+        and not getattr(layer, "lora_enabled", False)
+        and not getattr(layer, "quantization_mode", None)
+    )
+
+
+def _is_channels_last(layer):
+    return getattr(layer, "data_format", "channels_last") == "channels_last"
+
+
+def _scaled_weights(layer, factor):
+    weights = layer.get_weights()
+    kernel = 1 if isinstance(layer, _SEPARABLE) else 0
+    shaped = factor
+    if isinstance(layer, _DEPTHWISE):
+        shaped = factor.reshape(weights[0].shape[-2:])
+    elif isinstance(layer, _TRANSPOSED):
+        shaped = factor[:, None]
+    weights[kernel] = weights[kernel] * shaped
+    if layer.use_bias:
+        weights[-1] = weights[-1] * factor
+    return weights
+
+
+def _tensors(structure):
+    return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
+
+
+def _float32(config):
+    """A config whose layers compute in float32."""
+    if isinstance(config, str):
+        return "float32" if config in _OTHER_FLOATS else config
+    if isinstance(config, (list, tuple)):
+        return type(config)(_float32(c) if isinstance(c, (dict, list)) else c for c in config)
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "DTypePolicy":
+        return _float32(config["config"]["name"])
+    return {
+        key: value if isinstance(value, str) and key != "dtype" else _float32(value)
+        for key, value in config.items()
+    }
