@@ -156,7 +156,7 @@ def test_learned_epsilon_learns(learned, rng):
         [keras.Input((6,)), FilterResponseNormalization(scale=False, learned_epsilon=learned)]
     )
     model.compile(keras.optimizers.Adam(0.02), "mse")
-    model.fit(x, target, batch_size=64, epochs=6, verbose=0)
+    model.fit(x, target, batch_size=64, epochs=12, verbose=0)
     np.testing.assert_allclose(np.abs(numpy(model.layers[0].learned_epsilon)), 0.2, rtol=0.05)
 
 

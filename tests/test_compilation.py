@@ -1,0 +1,208 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND, numpy
+from programs import SHAPE
+from programs import STACKS as STACKS_OF_LAYERS
+from reference import INPUT_GRADIENT, VALUE, close, frn_tlu
+
+import keras_frn
+from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+
+tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow graphs")
+jax_only = pytest.mark.skipif(BACKEND != "jax", reason="of JAX programs")
+compiled_by_xla = pytest.mark.skipif(BACKEND == "torch", reason="reads XLA programs")
+
+STACKS = pytest.mark.parametrize("stack", ["fused", "one after the other"])
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["XLA's fusion", "with CPU libraries"])
+def programs(request):
+    """What XLA compiles: by its own fusion alone, as on GPU and TPU, or with libraries for sums."""
+    only_xla = request.param
+    flags = "--xla_cpu_experimental_ynn_fusion_type=" if only_xla else ""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("programs.py")],
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=300,
+    )
+    return only_xla, json.loads(result.stdout)
+
+
+@compiled_by_xla
+@STACKS
+def test_only_outputs_are_written_at_full_size(programs, stack):
+    only_xla, found = programs
+    forward, both = found[stack]["writes"]
+    assert forward == 1, "the output"
+    # The libraries sum what is in memory: the gradient that reaches y is put where the gradient of
+    # the input will be, one write more and no memory.
+    assert both == (2 if only_xla else 3), "the output and the gradient of the input"
+    if not only_xla:
+        assert found["as written"]["writes"][1] > both, "what the count is to see"
+
+
+@jax_only
+@STACKS
+def test_no_temporary_memory(programs, stack):
+    only_xla, found = programs
+    # A row of means and statistics: 1 / 24 of the input here.
+    assert max(found[stack]["temporary"]) < 1 / 8
+    if not only_xla:
+        assert found["as written"]["temporary"][1] > 1, "what the analysis is to see"
+
+
+@jax_only
+@STACKS
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_lowers_for_other_platforms(stack, platform):
+    import jax
+    import jax.export
+
+    layers = STACKS_OF_LAYERS[stack]()
+    for layer in layers:
+        layer.build(SHAPE)
+
+    def loss(x):
+        for layer in layers:
+            values = [v.value for v in layer.trainable_variables]
+            x, _ = layer.stateless_call(values, [], x, training=True)
+        return (x**2).sum()
+
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=[platform])(
+        jax.ShapeDtypeStruct(SHAPE, "float32")
+    )
+    assert exported.platforms == (platform,)
+    assert "custom_call" not in exported.mlir_module()
+
+
+def small_model(jit_compile, shape=(8, 8, 3)):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input(shape),
+            keras.layers.Conv2D(6, 3, use_bias=False),
+            FilterResponseNormalization(jit_compile=jit_compile),
+            TLU(jit_compile=jit_compile),
+            keras.layers.Conv2D(4, 3, use_bias=False),
+            FilterResponseNormalizationTLU(learned_epsilon=True, jit_compile=jit_compile),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(2),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "mode", [{"jit_compile": False}, {"jit_compile": True}, {"run_eagerly": True}], ids=str
+)
+def test_fit_in_each_mode(mode, rng):
+    if BACKEND == "torch" and mode.get("jit_compile"):
+        pytest.skip("Keras' own torch.compile of the training step takes minutes here")
+    x = rng.normal(size=(24, 8, 8, 3)).astype("float32")
+    y = x.std((1, 2))[:, :2]
+    losses = []
+    for jit_compile in (None, False, True):
+        model = small_model(jit_compile)
+        model.compile(keras.optimizers.Adam(0.01), "mse", **mode)
+        history = model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
+        losses.append(history.history["loss"])
+        assert model.evaluate(x, y, verbose=0) == pytest.approx(
+            float(np.mean((model.predict(x, verbose=0) - y) ** 2)), rel=1e-4
+        )
+    # Nine steps of float32 roundings that differ between programs.
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
+    assert losses[1][-1] < losses[1][0]
+
+
+def test_supports_jit():
+    for cls in (FilterResponseNormalization, TLU, FilterResponseNormalizationTLU):
+        assert cls().supports_jit
+
+
+def test_weights_are_arguments_of_the_compiled_program(rng):
+    """A compiled program that had closed over the weights would not see the assignment."""
+    x = rng.normal(size=(2, 6, 6, 3)).astype("float32")
+    layer = FilterResponseNormalizationTLU(learned_epsilon=True, jit_compile=True)
+    close(numpy(layer(x)), frn_tlu(x, epsilon=1e-6 + 1e-4, tau=0.0), VALUE)
+    for weight, value in zip(layer.weights, (2.0, 0.5, 0.3, -0.7), strict=True):
+        weight.assign(np.full(weight.shape, value, "float32"))
+    expected = frn_tlu(x, 2.0, 0.5, -0.7, epsilon=0.3 + 1e-6)
+    close(numpy(layer(x)), expected, VALUE)
+    other = FilterResponseNormalizationTLU(jit_compile=True)  # another layer, the same program
+    close(numpy(other(x)), frn_tlu(x, tau=0.0), VALUE)
+
+
+def test_many_shapes_under_jit_compile(rng):
+    layer = FilterResponseNormalization(learned_epsilon=True, jit_compile=True)
+    for batch, size in [(1, 4), (2, 4), (5, 4), (2, 7), (3, 9)]:
+        x = rng.normal(size=(batch, size, 6, 3)).astype("float32")
+        close(numpy(layer(x)), frn_tlu(x, epsilon=1e-4 + 1e-6), VALUE)
+
+
+@tensorflow_only
+def test_the_scope_in_a_graph():
+    """True marks the ops of any graph, None those of a graph for training, False none."""
+    import tensorflow as tf
+
+    for jit_compile, training, marked in (
+        (True, False, True),
+        (True, True, True),
+        (None, True, True),
+        (None, False, False),
+        (False, True, False),
+    ):
+        layer = FilterResponseNormalizationTLU(jit_compile=jit_compile)
+        layer.build(SHAPE)
+        graph = (
+            tf.function(lambda x, layer=layer, training=training: layer(x, training=training))
+            .get_concrete_function(tf.TensorSpec(SHAPE))
+            .graph
+        )
+        attributes = ["_XlaCompile" in op.node_def.attr for op in graph.get_operations()]
+        assert any(attributes) == marked
+        assert not any("_XlaMustCompile" in op.node_def.attr for op in graph.get_operations())
+
+
+@tensorflow_only
+def test_statistics_have_a_name_scope():
+    import tensorflow as tf
+
+    layer = FilterResponseNormalizationTLU()
+    layer.build(SHAPE)
+    graph = tf.function(layer).get_concrete_function(tf.TensorSpec(SHAPE)).graph
+    named = {op.type for op in graph.get_operations() if "frn_statistics" in op.name}
+    assert {"Mean", "Rsqrt"} <= named
+
+
+@tensorflow_only
+@pytest.mark.parametrize("jit_compile", [None, True])
+def test_gradients_through_a_reloaded_saved_model(jit_compile, rng, tmp_path):
+    import tensorflow as tf
+
+    layer = FilterResponseNormalizationTLU(jit_compile=jit_compile)
+    model = keras.Sequential([keras.Input((None, None, 3)), layer])
+    model.export(tmp_path / "saved", verbose=False)
+    reloaded = tf.saved_model.load(tmp_path / "saved")
+    x, upstream = rng.normal(size=(2, 2, 9, 7, 3)).astype("float32")
+    tensor = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(tensor)
+        z = reloaded.serve(tensor)
+    expected, gradients = frn_tlu(x, tau=0.0, upstream=upstream)
+    close(z, expected, VALUE)
+    close(tape.gradient(z, tensor, upstream), gradients["x"], INPUT_GRADIENT)
+
+
+def test_public_ops_take_training():
+    x = np.ones((1, 2, 2, 1), "float32")
+    for training in (True, False):
+        close(numpy(keras_frn.ops.tlu(x, np.zeros(1), training=training)), x, 0)
