@@ -1,0 +1,495 @@
+"""What the files of Keras 2 hold: a config, arrays, and the tree that says which array is whose.
+
+Reading is JSON, HDF5, zip and TensorFlow's checkpoint reader. Nothing is unpickled, imported by
+name or run, no link leads out of the file, and no array is read that is out of proportion to it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import tempfile
+import zipfile
+
+import h5py
+import numpy as np
+
+# A compressed file may grow this much. Trained weights hardly compress; zeros compress without end.
+_GROWTH, _FREE = 100, 2**26
+_MAX_DEPTH = 64
+_CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
+_REMEDY = "Pass a complete file that TensorFlow 2.8 to 2.15 saved."
+
+
+class Saved:
+    """A file, opened: `config` and `training` are None where it has none, and so is `weights`."""
+
+    def __init__(self, kind, config=None, training=None, weights=None, keras_version=None):
+        self.kind = kind
+        self.config = config
+        self.training = training
+        self.weights = weights
+        self.keras_version = keras_version
+
+
+class Budget:
+    """How many bytes may still be read from a file of this size."""
+
+    def __init__(self, size):
+        self.size = size
+        self.left = _FREE + _GROWTH * size
+
+    def spend(self, size, what):
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"{what} claims {size} bytes, in a file of {self.size} bytes")
+
+
+@contextlib.contextmanager
+def opened(path, name="path"):
+    """The file at `path` as a `Saved`, whose arrays can be read inside the `with`."""
+    path = os.fspath(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            saved = _open(path, stack)
+        except Exception as error:  # whatever a broken file makes a parser raise
+            raise unreadable(path, error, name) from error
+        yield saved
+
+
+def unreadable(path, error, name="path"):
+    """The error for a file that cannot be read."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
+    return ValueError(
+        f"`{name}` must be a model or weights saved by Keras 2. Received: {name}={path!r}, "
+        f"which cannot be read: {said.rstrip('.')}. {_REMEDY}"
+    )
+
+
+def _open(path, stack):
+    if os.path.isdir(path):
+        if os.path.isfile(os.path.join(path, "saved_model.pb")):
+            return _saved_model(path, stack)
+        return _checkpoint(_checkpoint_in(path), stack)
+    if not os.path.exists(path):
+        if os.path.isfile(path + ".index"):
+            return _checkpoint(path, stack)
+        raise ValueError("there is no such file")
+    budget = Budget(os.path.getsize(path))
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start == b"\x89HDF\r\n\x1a\n":
+        return _hdf5(path, budget, stack)
+    if start[:2] == b"PK":
+        return _zip(path, budget, stack)
+    if path.endswith(".index"):
+        return _checkpoint(path[: -len(".index")], stack)
+    if start.lstrip()[:1] == b"{":
+        with open(path, "rb") as file:
+            return Saved("JSON config", config=_json(file.read()))
+    raise ValueError("it is neither HDF5, zip, JSON, a SavedModel nor a checkpoint")
+
+
+def _json(data):
+    try:
+        value = json.loads(data)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("its JSON config is not an object")
+    return value
+
+
+# HDF5
+
+
+def _hdf5(file, budget, stack, **found):
+    root = stack.enter_context(h5py.File(file, "r"))
+    group, optimizer, kind = root, None, "HDF5 weights"
+    if "model_config" in root.attrs or "model_weights" in root:
+        kind = "HDF5 model"
+        group = _member(root, "model_weights")
+        if "model_config" in root.attrs:
+            found["config"] = _json(_text(root.attrs["model_config"]))
+        if "training_config" in root.attrs:
+            found["training"] = _json(_text(root.attrs["training_config"]))
+        if "optimizer_weights" in root:
+            optimizer = _member(root, "optimizer_weights")
+    if "layer_names" in group.attrs or "layer_names0" in group.attrs:
+        weights = FlatWeights(group, optimizer, budget)
+        found["keras_version"] = _text(group.attrs.get("keras_version", "unknown"))
+    elif any(name in group for name in _CONTAINERS):
+        kind, weights = "Keras v3 weights", TreeWeights(GroupNode(group, budget))
+    else:
+        raise ValueError("it is an HDF5 file without the layer names that Keras writes")
+    return Saved(kind, weights=weights, **found)
+
+
+def _text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _names(group, attribute):
+    """A list of names, which Keras splits over several attributes where it is long."""
+    if attribute in group.attrs:
+        chunks = [group.attrs[attribute]]
+    else:
+        chunks = []
+        while f"{attribute}{len(chunks)}" in group.attrs:
+            chunks.append(group.attrs[f"{attribute}{len(chunks)}"])
+    return [_text(name) for chunk in chunks for name in np.ravel(chunk)]
+
+
+def _member(group, name):
+    """A member of a group, itself in this file: a link could name any file of the machine."""
+    for part in [p for p in name.split("/") if p]:
+        if not isinstance(group, h5py.Group) or part not in group:
+            raise ValueError(f"it has no {name!r}")
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{name!r} is a link, not data")
+        group = group[part]
+    return group
+
+
+def _array(group, name, budget):
+    data = _member(group, name)
+    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "biuf" or data.shape is None:
+        raise ValueError(f"{name!r} is not an array of numbers")
+    if data.external or data.is_virtual:
+        raise ValueError(f"{name!r} keeps its data in another file")
+    budget.spend(data.size * data.dtype.itemsize, repr(name))
+    return data[()]
+
+
+class FlatWeights:
+    """The .h5 layout: a list of arrays for every layer of the outermost model."""
+
+    def __init__(self, group, optimizer, budget):
+        self.groups = []
+        for layer in _names(group, "layer_names"):
+            member = _member(group, layer)
+            names = _names(member, "weight_names")
+            self.groups.append((layer, [(n, _array(member, n, budget)) for n in names]))
+        if "top_level_model_weights" in group:
+            member = _member(group, "top_level_model_weights")
+            if _names(member, "weight_names"):
+                raise ValueError("its outermost model has weights of its own, outside its layers")
+        self.arrays = [array for _, arrays in self.groups for _, array in arrays]
+        self.optimizer = None
+        if optimizer is not None:
+            names = _names(optimizer, "weight_names")
+            self.optimizer = _state([_array(optimizer, n, budget) for n in names])
+
+    def elements(self):
+        """How many numbers the file's weights have."""
+        return sum(array.size for array in self.arrays)
+
+
+def _state(arrays):
+    """An optimizer's arrays in order of creation. The first is the number of steps."""
+    return {"iterations": arrays[0], "arrays": arrays} if arrays else None
+
+
+# Zip files: .keras, and a SavedModel folder that was zipped
+
+
+def _zip(path, budget, stack):
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    members = {info.filename: info for info in archive.infolist()}
+
+    def read(name):
+        info = members[name]
+        budget.spend(info.file_size, repr(name))
+        with archive.open(info) as file:
+            return file.read(info.file_size)
+
+    if "config.json" in members:
+        config = _json(read("config.json"))
+        found = {"config": config, "training": config.get("compile_config")}
+        if "metadata.json" in members:
+            found["keras_version"] = str(_json(read("metadata.json")).get("keras_version"))
+        if not str(found.get("keras_version", "2")).startswith("2"):
+            raise ValueError(
+                f"Keras {found['keras_version']} saved it: open it with keras.saving.load_model"
+            )
+        saved = _hdf5(io.BytesIO(read("model.weights.h5")), budget, stack, **found)
+        saved.kind = ".keras file"
+        return saved
+    roots = [name[: -len("saved_model.pb")] for name in members if name.endswith("saved_model.pb")]
+    if len(roots) != 1:
+        raise ValueError("it is a zip file with neither config.json nor one saved_model.pb")
+    # The names that are written are ours, never those of the archive.
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    os.mkdir(os.path.join(folder, "variables"))
+    for name in members:
+        inside = name[len(roots[0]) :] if name.startswith(roots[0]) else ""
+        if re.fullmatch(
+            r"keras_metadata\.pb|variables/variables\.(index|data-\d{5}-of-\d{5})", inside
+        ):
+            with open(os.path.join(folder, inside), "wb") as file:
+                file.write(read(name))
+    return _saved_model(folder, stack)
+
+
+# SavedModel folders and checkpoints
+
+
+def _saved_model(folder, stack):
+    saved = _checkpoint(os.path.join(folder, "variables", "variables"), stack)
+    saved.kind = "SavedModel"
+    metadata = os.path.join(folder, "keras_metadata.pb")
+    if os.path.isfile(metadata):
+        with open(metadata, "rb") as file:
+            root = _root_metadata(file.read())
+        saved.config = root.get("model_config") or root
+        saved.training = root.get("training_config")
+        saved.keras_version = root.get("keras_version")
+    return saved
+
+
+def _root_metadata(data):
+    for field, node in _protobuf(data):
+        if field == 1:
+            entries = dict(_protobuf(node))
+            if entries.get(3) == b"root":
+                return _json(entries.get(5, b""))
+    raise ValueError("its keras_metadata.pb names no root")
+
+
+def _protobuf(data):
+    """The fields of a message that has only integers and byte strings."""
+    at = 0
+
+    def integer():
+        nonlocal at
+        value = shift = 0
+        while shift < 64:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+        raise ValueError("its keras_metadata.pb is corrupt")
+
+    while at < len(data):
+        key = integer()
+        value = integer()
+        if key & 7 == 2:
+            at, value = at + value, data[at : at + value]
+        elif key & 7 != 0:
+            raise ValueError("its keras_metadata.pb is corrupt")
+        yield key >> 3, value
+
+
+def _checkpoint_in(folder):
+    """The newest checkpoint of a folder. Its `checkpoint` file may name only neighbours."""
+    state = os.path.join(folder, "checkpoint")
+    if os.path.isfile(state):
+        with open(state, encoding="utf-8") as file:
+            latest = re.search(r'^model_checkpoint_path: "(.*)"', file.read(2**16), re.M)
+        if latest:
+            return os.path.join(folder, os.path.basename(latest[1]))
+    names = [n for n in sorted(os.listdir(folder)) if n.endswith(".index")]
+    if len(names) != 1:
+        raise ValueError("it is a folder with neither a saved_model.pb nor one checkpoint")
+    return os.path.join(folder, names[0][: -len(".index")])
+
+
+def _checkpoint(prefix, stack):
+    del stack  # the reader holds no file open
+    import tensorflow as tf
+    from tensorflow.core.protobuf import trackable_object_graph_pb2 as proto
+
+    if not os.path.isfile(prefix + ".index"):
+        raise ValueError(f"there is no {os.path.basename(prefix)}.index")
+    folder = os.path.dirname(prefix) or "."
+    start = os.path.basename(prefix) + ".data-"
+    sizes = [
+        os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder) if n.startswith(start)
+    ]
+    reader = tf.train.load_checkpoint(prefix)
+    graph_key = "_CHECKPOINTABLE_OBJECT_GRAPH"
+    types = reader.get_variable_to_dtype_map()
+    if graph_key not in types:
+        raise ValueError("it has no object graph: it is a checkpoint of TensorFlow 1")
+    # A checkpoint is not compressed, so its arrays cannot be larger than its data files.
+    for key, shape in reader.get_variable_to_shape_map().items():
+        if types[key] != tf.string and np.prod(shape, dtype=object) * types[key].size > size:
+            raise ValueError(f"{key!r} claims the shape {shape}, in files of {size} bytes")
+    graph = proto.TrackableObjectGraph()
+    graph.ParseFromString(reader.get_tensor(graph_key))
+    return Saved("checkpoint", weights=TreeWeights(GraphNode(0, graph.nodes, reader, {})))
+
+
+# The two layouts that are trees
+
+
+class TreeWeights:
+    """The layouts of .keras files and of checkpoints: a tree of objects, each with its arrays."""
+
+    def __init__(self, root):
+        self.root = root
+        self.optimizer = root.optimizer()
+
+    def elements(self):
+        """How many numbers the file's weights have."""
+        return self.root.elements()
+
+
+class GroupNode:
+    """One object of a .keras file: `vars/0`, `vars/1`, ..., groups named by attribute or class."""
+
+    named = False
+
+    def __init__(self, group, budget, depth=0):
+        if depth > _MAX_DEPTH:
+            raise ValueError("its groups are nested too deep")
+        self._group, self._budget, self._depth = group, budget, depth
+
+    def child(self, name):
+        """The object in this attribute, or None."""
+        if name not in self._group:
+            return None
+        return GroupNode(_member(self._group, name), self._budget, self._depth + 1)
+
+    def layers(self, classes):
+        """The layers inside, in the order of `classes`, which has the class name of each."""
+        container = next(filter(None, map(self.child, _CONTAINERS)), None)
+        return [] if container is None else container.items(classes)
+
+    def items(self, classes):
+        """The objects of a list. A group is named by its class and counted, sometimes twice."""
+        groups = {}
+        for name in self._group:
+            base, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name, re.S).groups()
+            groups.setdefault(base, []).append((int(number or 0), name))
+        queues = {base: iter(sorted(found)) for base, found in groups.items()}
+        nodes = []
+        for name in map(_snake_case, classes):
+            _, group = next(queues.get(name, iter(())), (0, None))
+            nodes.append(None if group is None else self.child(group))
+        return nodes
+
+    def arrays(self):
+        """The object's own arrays, in order: (name or None, key, array)."""
+        values = self.child("vars")
+        if values is None:
+            return []
+        count = len(values._group)
+        return [(None, None, _array(values._group, str(i), self._budget)) for i in range(count)]
+
+    def optimizer(self):
+        """The optimizer's arrays in order of creation, or None."""
+        node = self.child("optimizer")
+        return None if node is None else _state([array for _, _, array in node.arrays()])
+
+    def elements(self):
+        """How many numbers are stored below, at most what the file has room for."""
+        total, seen, todo = 0, set(), [self._group]
+        while todo:
+            group = todo.pop()
+            address = h5py.h5o.get_info(group.id).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            for name in group:
+                member = _member(group, name)
+                if isinstance(member, h5py.Group):
+                    todo.append(member)
+                elif isinstance(member, h5py.Dataset) and member.dtype.kind in "biuf":
+                    total += member.size or 0
+        return min(total, self._budget.left)
+
+
+def _snake_case(name):
+    """How Keras names a class in the files."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+class GraphNode:
+    """One object of a checkpoint's graph, found by its edges: the keys of arrays are not stable."""
+
+    named = True
+
+    def __init__(self, number, nodes, reader, cache):
+        self._number, self._nodes, self._reader, self._cache = number, nodes, reader, cache
+        if not 0 <= number < len(nodes):
+            raise ValueError("its object graph has an edge to nowhere")
+        self._edges = {edge.local_name: edge.node_id for edge in nodes[number].children}
+
+    def _node(self, number):
+        return GraphNode(number, self._nodes, self._reader, self._cache)
+
+    def child(self, name):
+        """The object in this attribute, or None."""
+        return self._node(self._edges[name]) if name in self._edges else None
+
+    def layers(self, classes):
+        """The layers inside that have weights, as many as `classes`."""
+        nodes = [self.child(f"layer_with_weights-{i}") for i in range(len(classes))]
+        return nodes if self.child(f"layer_with_weights-{len(classes)}") is None else []
+
+    def items(self, classes):
+        """The objects of a list."""
+        return [self.child(str(i)) for i in range(len(classes))]
+
+    def arrays(self):
+        """The object's own arrays: (name, key, array)."""
+        found, seen = [], set()
+        for name, number in self._edges.items():
+            array = self._node(number).value()
+            if array is not None and number not in seen:
+                seen.add(number)
+                found.append((name, number, array))
+        return found
+
+    def value(self):
+        """The array of this object itself, or None."""
+        for attribute in self._nodes[self._number].attributes:
+            if attribute.name == "VARIABLE_VALUE":
+                key = attribute.checkpoint_key
+                if key not in self._cache:
+                    self._cache[key] = np.asarray(self._reader.get_tensor(key))
+                if self._cache[key].dtype.kind not in "biufV":
+                    raise ValueError(f"{key!r} is not an array of numbers")
+                return self._cache[key]
+        return None
+
+    def optimizer(self):
+        """The optimizer's arrays, in order of creation or by (slot, key of the weight), or None."""
+        node = self.child("optimizer")
+        if node is None:
+            return None
+        state = {
+            name: node.child(edge).value()
+            for name, edge in (("iterations", "_iterations"), ("learning_rate", "_learning_rate"))
+            if node.child(edge) is not None
+        }
+        variables = node.child("_variables")
+        if variables is not None:
+            count = len(variables._edges)
+            numbers = [n for n in map(variables.child, map(str, range(count))) if n is not None]
+            state["arrays"] = [n.value() for n in numbers]
+        else:
+            for name, edge in (("iterations", "iter"), ("learning_rate", "learning_rate")):
+                if node.child(edge) is not None:
+                    state[name] = node.child(edge).value()
+            state["slots"] = {
+                (slot.slot_name, slot.original_variable_node_id): self._node(
+                    slot.slot_variable_node_id
+                ).value()
+                for slot in self._nodes[node._number].slot_variables
+            }
+        scale = node.child("loss_scale")
+        if scale is not None:
+            state["loss_scale"] = [scale.child("good_steps"), scale.child("current_loss_scale")]
+            state["loss_scale"] = [n and n.value() for n in state["loss_scale"]]
+        return state if "iterations" in state else None
+
+    def elements(self):
+        """How many numbers the checkpoint holds."""
+        shapes = self._reader.get_variable_to_shape_map().values()
+        return sum(int(np.prod(shape, dtype=object)) for shape in shapes)
