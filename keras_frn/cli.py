@@ -22,8 +22,12 @@ def _parser():
         prog="keras-frn", description="Filter Response Normalization for Keras 3."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="train, save, reload, export and compare on real digits")
-    demo.add_argument("--output", default="keras-frn-demo", metavar="DIR", help="new or empty folder")
+    demo = commands.add_parser(
+        "demo", help="train, save, reload, export and compare on real digits"
+    )
+    demo.add_argument(
+        "--output", default="keras-frn-demo", metavar="DIR", help="new or empty folder"
+    )
     demo.set_defaults(run=_demo)
     inspect = commands.add_parser("inspect", help="list a model's FRN and TLU layers and weights")
     inspect.add_argument("model", help=".keras or .h5 file")

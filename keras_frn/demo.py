@@ -111,9 +111,7 @@ def run(output):
     model.save(path)
     reloaded = _predict_in_new_process(path, x_test)
     here = keras.models.load_model(path)
-    rows[".keras, reloaded"] = _row(
-        reloaded, expected, y_test, here.predict_on_batch, x_test, path
-    )
+    rows[".keras, reloaded"] = _row(reloaded, expected, y_test, here.predict_on_batch, x_test, path)
     for name, path, predict in _exports(model, output):
         rows[name] = _row(predict(x_test), expected, y_test, predict, x_test, path)
     _write_table(rows, output / "results.csv")

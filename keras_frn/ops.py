@@ -258,7 +258,8 @@ def _use_gradient_form(x, training):
 
 def _in_statistics_dtype(x):
     """x in float32 or wider, and the dtype of the result."""
-    x = ops.convert_to_tensor(x)
+    if not keras.backend.is_keras_tensor(x):
+        x = ops.convert_to_tensor(x)
     dtype = keras.backend.standardize_dtype(x.dtype)
     if not keras.backend.is_float_dtype(dtype):
         dtype = keras.config.floatx()

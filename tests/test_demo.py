@@ -1,0 +1,69 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from backends import BACKEND
+
+from keras_frn import cli, demo
+
+pytest.importorskip("sklearn", reason="of the [demo] extra")
+pytest.importorskip("matplotlib", reason="of the [demo] extra")
+
+
+def test_a_short_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "EPOCHS", 3)
+    monkeypatch.setattr(demo.train, "__defaults__", (3, 0))
+    rows = demo.run(tmp_path / "new" / "folder")
+    expected = {"trained model", ".keras, reloaded"}
+    if BACKEND == "tensorflow":
+        expected |= {"SavedModel", "LiteRT"}
+    assert set(rows) == expected
+    for row in rows.values():
+        assert row["accuracy"] > 0.8  # three epochs of twenty-four
+        assert row["largest difference"] < 1e-4  # of logits of about 10
+        assert row["ms per image"] > 0
+    assert rows[".keras, reloaded"]["largest difference"] < 1e-5
+    folder = tmp_path / "new" / "folder"
+    assert (folder / "training.png").stat().st_size > 10_000
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(expected)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in expected)
+
+
+def test_a_folder_with_files_is_refused(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 2
+    assert "new or empty folder" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(ValueError, match=r"`output` must be a new or empty folder. Received"):
+        demo.run(tmp_path / "mine.txt")
+
+
+def test_digits_are_held_out():
+    x, y, x_test, y_test = demo.digits()
+    assert (len(x), len(x_test)) == (1437, 360)
+    assert x.shape[1:] == x_test.shape[1:] == (8, 8, 1)
+    assert 0 <= x.min() < x.max() == 1
+    assert set(y) == set(y_test) == set(range(10))
+    assert not {a.tobytes() for a in x} & {a.tobytes() for a in x_test}
+
+
+def test_inspect(tmp_path, capsys):
+    model = demo.build_model()
+    model.layers[1].tau.assign(np.full(16, -0.25, "float32"))
+    model.save(tmp_path / "m.keras")
+    assert cli.main(["inspect", str(tmp_path / "m.keras")]) == 0
+    printed = capsys.readouterr().out
+    assert "3 FRN and TLU layers" in printed
+    assert "-0.25" in printed
+    assert cli.main(["inspect", str(tmp_path / "none.keras")]) == 2
+
+
+def test_the_command_is_installed():
+    result = subprocess.run(
+        [sys.executable, "-m", "keras_frn", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0
+    assert "demo" in result.stdout
