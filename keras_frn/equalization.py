@@ -72,9 +72,7 @@ class _Normalization(layers.Layer):
         self.axis = source.axis
         epsilon = np.asarray(source.epsilon, "float64")
         if source.use_learned_epsilon:
-            epsilon = epsilon + np.abs(
-                ops.convert_to_numpy(source.learned_epsilon), dtype="float64"
-            )
+            epsilon = epsilon + np.abs(source.learned_epsilon.numpy())
         weights = (getattr(source, name, None) for name in ("gamma", "beta", "tau", "alpha"))
         self.constants = [None if w is None else w.numpy() for w in weights]
         self.epsilon = epsilon
@@ -123,6 +121,11 @@ class _Normalization(layers.Layer):
         return value.reshape(shape)
 
 
+def input_structure(model):
+    """The input of a functional or Sequential model: symbolic tensors, nested as they are."""
+    return model.input if isinstance(model, keras.Function) else model.inputs[0]
+
+
 class InferenceCopy:
     """A float32 copy of a functional or Sequential model, with its wiring.
 
@@ -137,13 +140,15 @@ class InferenceCopy:
         self._same = {}
         self._mean_squares = None
         self.equalized, self.not_equalized = [], {}
+        # A plain functional model, without what the caller compiled: a copy may not restore that.
+        outputs = model.output if isinstance(model, keras.Function) else model.outputs[0]
+        model = keras.Model(input_structure(model), outputs, name=model.name)
         inputs = keras.tree.map_structure(
             lambda t: keras.Input(batch_shape=t.shape, dtype=_float32(t.dtype), name=t.name),
             model.input,
         )
         self.model = keras.models.clone_model(
-            # Without what the caller compiled, which a copy may not be able to restore.
-            keras.Model(model.input, model.output, name=model.name),
+            model,
             input_tensors=inputs,
             clone_function=self._clone,
             call_function=self._call,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import tempfile
@@ -10,7 +11,7 @@ import warnings
 import keras
 import numpy as np
 
-from .equalization import InferenceCopy
+from .equalization import InferenceCopy, input_structure
 from .layers import FilterResponseNormalization
 
 _PRESETS = (None, "float16", "dynamic", "int8", "int8_float_statistics", "int16x8")
@@ -324,9 +325,9 @@ def _converted(model, folder, quantization, batches, integer_io):
     if quantization == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if quantization in ("int8", "int16x8"):
-        sets, inputs = tf.lite.OpsSet, model.inputs or ()
-        names, fixed = [t.name for t in inputs], inputs[0].shape[0] if inputs else None
-        converter.representative_dataset = lambda: _rows(batches, names, fixed)
+        sets = tf.lite.OpsSet
+        names = [t.name for t in model.inputs] if _is_functional(model) else []
+        converter.representative_dataset = lambda: _rows(batches, names)
         converter.target_spec.supported_ops = [
             sets.TFLITE_BUILTINS_INT8
             if quantization == "int8"
@@ -351,12 +352,11 @@ def _converted(model, folder, quantization, batches, integer_io):
     return content
 
 
-def _rows(batches, names, fixed):
-    """What the converter's calibration runs on: single samples, or batches of the fixed size."""
+def _rows(batches, names):
+    """Single samples, as the converter's calibration takes them."""
     for batch in batches:
-        step = fixed or 1
-        for row in range(0, len(batch[0]), step):
-            arrays = [array[row : row + step] for array in batch]
+        for row in range(len(batch[0])):
+            arrays = [array[row : row + 1] for array in batch]
             yield dict(zip(names, arrays)) if len(names) > 1 else arrays
 
 
@@ -380,7 +380,8 @@ def _with_integer_products(content, batches, integer_io):
             weight_num_bits=8,
         )
     ranges = _Runtime(content, keep_tensors=True).ranges(batches)
-    with warnings.catch_warnings():
+    # It shows a progress bar also when told not to.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         # Of an interpreter that the quantizer makes to look at the file.
         warnings.filterwarnings("ignore", ".*experimental_preserve_all_tensors")
         result = made.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
@@ -465,7 +466,7 @@ def _dequantized(array, detail):
 
 def _compared(model, runtime, batches):
     """Number of samples, largest difference, and share of equal argmax."""
-    structure = model.input if _is_functional(model) else None
+    structure = input_structure(model) if _is_functional(model) else None
     names = [t.name for t in model.inputs] if _is_functional(model) else ()
     samples, max_error, same, positions = 0, 0.0, 0, 0
     for batch in batches:

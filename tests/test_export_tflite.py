@@ -1,0 +1,528 @@
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from reference import close, frn_tlu
+
+import keras_frn
+from keras_frn.equalization import InferenceCopy
+from keras_frn.export import export_tflite
+
+litert = pytest.importorskip("ai_edge_litert.interpreter")
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="LiteRT files are written from TensorFlow"
+)
+
+# A float graph sums in another order than Keras: some ten roundings of 6e-8 per layer, relative to
+# the largest output.
+FLOAT = 1e-5
+
+
+def frn(**kwargs):
+    return keras_frn.FilterResponseNormalization(**kwargs)
+
+
+def frn_tlu_layer(**kwargs):
+    return keras_frn.FilterResponseNormalizationTLU(**kwargs)
+
+
+def shuffled_weights(model, seed=0):
+    """Gives gamma, beta, tau and epsilon values that show."""
+    rng = np.random.default_rng(seed)
+    for layer in model._flatten_layers(include_self=False):
+        for name, low, high in (
+            ("gamma", 0.5, 1.5),
+            ("beta", -0.5, 0.5),
+            ("tau", -0.6, 0.3),
+            ("alpha", -0.2, 0.2),
+            ("bias", -0.1, 0.1),
+        ):
+            weight = getattr(layer, name, None)
+            if weight is not None:
+                weight.assign(rng.uniform(low, high, weight.shape))
+    return model
+
+
+def small_model(**kwargs):
+    inputs = keras.Input((12, 12, 3), name="image", **kwargs)
+    x = layers.Conv2D(8, 3, use_bias=False)(inputs)
+    x = frn_tlu_layer(name="first")(x)
+    x = layers.Conv2D(8, 3, strides=2, use_bias=False)(x)
+    x = keras_frn.TLU()(frn(learned_epsilon=True, name="second")(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return shuffled_weights(keras.Model(inputs, layers.Dense(5)(x)))
+
+
+def images(rng, n=64, shape=(12, 12, 3)):
+    return rng.normal(size=(n, *shape)).astype("float32")
+
+
+def run(path, *arrays, **options):
+    interpreter = litert.Interpreter(str(path), num_threads=1, **options)
+    details = interpreter.get_input_details()
+    for detail, array in zip(details, arrays):
+        interpreter.resize_tensor_input(detail["index"], array.shape)
+    interpreter.allocate_tensors()
+    for detail, array in zip(details, arrays):
+        interpreter.set_tensor(detail["index"], array)
+    interpreter.invoke()
+    return [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
+
+
+# How far outputs may be off, relative to the largest: rounding in half precision, 8-bit weights,
+# 8-bit everything, 16-bit activations with 8-bit weights. Measured: 2e-4, 9e-3, 2e-2, 1e-2, 5e-3.
+PRESETS = {
+    None: FLOAT,
+    "float16": 2e-3,
+    "dynamic": 0.05,
+    "int8": 0.1,
+    "int8_float_statistics": 0.1,
+    "int16x8": 0.03,
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
+    if preset == "int8_float_statistics":
+        pytest.importorskip("ai_edge_quantizer")
+    model, x = small_model(), images(rng)
+    report = export_tflite(model, tmp_path / "m.tflite", preset, x)
+    expected = model.predict(x, verbose=0)
+    (actual,) = run(report.path, x)
+    close(actual, expected, PRESETS[preset])
+    assert report.max_error == pytest.approx(np.abs(actual - expected).max(), rel=0.05, abs=1e-6)
+    assert report.agreement == (actual.argmax(-1) == expected.argmax(-1)).mean()
+    assert report.size == os.path.getsize(report.path)
+    assert report.samples == 64
+    assert report.quantization == preset
+    assert report.equalized == (("first", "second") if preset and "int" in preset else ())
+    # Unresized, a model of unknown batch size runs on one sample.
+    interpreter = litert.Interpreter(report.path)
+    assert interpreter.get_input_details()[0]["shape"].tolist() == [1, 12, 12, 3]
+
+
+@pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
+def test_float_files_are_one_partition_of_eight_operators_per_frn_and_tlu(preset, tmp_path, rng):
+    report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 8))
+    # 2 convolutions, 2 * 8 (MUL MEAN ADD RSQRT MUL MUL ADD MAXIMUM), pooling, dense.
+    count = sum(n for name, n in report.operators.items() if name != "DEQUANTIZE")
+    assert count == 20
+    assert report.partitions == 1
+    assert report.delegated == sum(report.operators.values())
+
+
+def sequential(*between, shape=(10, 10, 4)):
+    return keras.Sequential([keras.Input(shape), *between, frn_tlu_layer(name="frn")])
+
+
+def functional(build, shape=(10, 10, 4)):
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, frn_tlu_layer(name="frn")(build(inputs)))
+
+
+def residual(x):
+    return layers.Add()([layers.Conv2D(6, 1)(x), layers.Conv2D(6, 3, padding="same")(x)])
+
+
+def dense_block(x):
+    return layers.Concatenate()([layers.Conv2D(2, 1)(x), layers.Conv2D(3, 1)(x)])
+
+
+def nested(x):
+    inner = keras.Input((10, 10, 4))
+    backbone = keras.Model(inner, layers.Conv2D(6, 3)(layers.Conv2D(4, 1)(inner)))
+    return layers.MaxPooling2D()(backbone(x))
+
+
+def nested_sequential(x):
+    return keras.Sequential([layers.Conv2D(6, 3), layers.ReLU()])(x)
+
+
+def into_nested(x):
+    inner = keras.Input((8, 8, 6))
+    head = keras.Model(inner, frn(name="inside")(inner))
+    return layers.Conv2D(5, 1)(head(layers.Conv2D(6, 3)(x)))
+
+
+SCALABLE = {
+    "convolution": sequential(layers.Conv2D(6, 3)),
+    "with an activation": sequential(layers.Conv2D(6, 3, activation="relu")),
+    "depthwise, two outputs per channel": sequential(layers.DepthwiseConv2D(3, depth_multiplier=2)),
+    "transposed": sequential(layers.Conv2DTranspose(6, 3, strides=2)),
+    "separable": sequential(layers.SeparableConv2D(6, 3)),
+    "dense over channels": sequential(layers.Dense(6)),
+    "one-dimensional": sequential(layers.Conv1D(6, 3), shape=(20, 4)),
+    "three-dimensional": sequential(layers.Conv3D(6, 2), shape=(4, 5, 6, 2)),
+    "one position": keras.Sequential(
+        [keras.Input((12,)), layers.Dense(6), frn(learned_epsilon=True, name="frn")]
+    ),
+    "through layers that commute": sequential(
+        layers.Conv2D(6, 3),
+        layers.ZeroPadding2D(1),
+        layers.Activation("relu"),
+        layers.LeakyReLU(),
+        layers.MaxPooling2D(2),
+        layers.AveragePooling2D(2),
+        layers.UpSampling2D(2),
+        layers.SpatialDropout2D(0.5),
+    ),
+    "residual": functional(residual),
+    "concatenated": functional(dense_block),
+    "nested": functional(nested),
+    "nested Sequential": functional(nested_sequential),
+    "into a nested model": functional(into_nested),
+    "channel axis by its number": keras.Sequential(
+        [keras.Input((10, 10, 4)), layers.Conv2D(6, 3), frn(axis=3, name="frn")]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALABLE)
+def test_equalization_changes_scales_and_not_the_function(name, rng):
+    model = shuffled_weights(SCALABLE[name])
+    # Scales from 0.01 to 1, and a channel so small that epsilon is not.
+    for weight in model.weights:
+        if weight.path.endswith("kernel"):
+            weight.assign(weight * 10 ** rng.uniform(-2, 0, weight.shape[-1:]))
+    x = images(rng, 16, model.input_shape[1:])
+    expected = model.predict(x, verbose=0)
+    before = [w.numpy() for w in model.weights]
+
+    copy = InferenceCopy(model)
+    # Equal up to the roundings of a rescaled filter: 6e-8 for each of about 30 products.
+    close(copy.model(x, training=False), expected, FLOAT)
+    copy.equalize([[x]])
+    assert not copy.not_equalized
+    close(copy.model(x, training=False), expected, FLOAT)
+
+    for layer in copy.normalizations:
+        if layer.name == "frn":
+            values = np.asarray(keras.Function(copy.model.inputs, layer.input)([x]), "float64") ** 2
+            mean = values.mean(tuple(range(values.ndim - 1))) + layer.epsilon
+            np.testing.assert_allclose(mean, 1, rtol=1e-4)
+    for old, weight in zip(before, model.weights):
+        np.testing.assert_array_equal(old, weight.numpy())
+
+
+def preactivation(x):
+    x = layers.Conv2D(4, 3, padding="same", name="stem")(x)
+    return layers.Add(name="sum")([x, layers.Conv2D(4, 1)(frn(name="inner")(x))])
+
+
+def twice(x):
+    shared = layers.Conv2D(4, 1, name="shared")
+    return shared(shared(x))
+
+
+UNSCALABLE = {
+    "input": (functional(lambda x: x), "frn", "it is fed by the model's input"),
+    "used elsewhere": (functional(preactivation), "inner", "what feeds it also feeds sum"),
+    "shared": (functional(twice), "frn", "shared is used in several places"),
+    "nonlinear": (
+        functional(layers.Conv2D(4, 1, activation="tanh", name="bent")),
+        "frn",
+        "bent (Conv2D) cannot be scaled",
+    ),
+    "saturating": (
+        functional(lambda x: layers.ReLU(6.0, name="six")(layers.Conv2D(4, 1)(x))),
+        "frn",
+        "six (ReLU) cannot be scaled",
+    ),
+    "broadcast": (
+        functional(lambda x: layers.Add(name="sum")([layers.Conv2D(4, 1)(x), x[..., :1]])),
+        "frn",
+        "sum (Add) cannot be scaled",
+    ),
+    "channels first": (
+        keras.Sequential([keras.Input((4, 10, 10)), layers.Identity(), frn(axis=1, name="frn")]),
+        "frn",
+        "its channels are not the last axis",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSCALABLE)
+def test_what_cannot_be_scaled_is_left_with_a_reason(name, rng):
+    model, layer, reason = UNSCALABLE[name]
+    shuffled_weights(model)
+    x = images(rng, 8, model.input_shape[1:])
+    copy = InferenceCopy(model)
+    copy.equalize([[x]])
+    assert copy.not_equalized[layer] == reason
+    close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
+
+
+def test_the_integer_form_equals_the_formula_where_integers_resolve_it(rng):
+    channels = 6
+    layer = frn_tlu_layer(name="frn", epsilon=1e-5)
+    model = shuffled_weights(keras.Sequential([keras.Input((9, 9, channels)), layer]))
+    # Samples from 0.1 to 1: mean squares spread over a factor of 100.
+    x = images(rng, 64, (9, 9, channels)) * np.geomspace(0.1, 1, 64)[:, None, None, None]
+    copy = InferenceCopy(model)
+    copy.equalize([[x.astype("float32")]])
+    copy.use_integer_form([])
+    (normalization,) = copy.normalizations
+    assert normalization.first_epsilon is not None
+    gamma, beta, tau = (w.numpy() for w in (layer.gamma, layer.beta, layer.tau))
+    expected = frn_tlu(x, gamma, beta, tau, epsilon=1e-5)
+    # Its epsilon is dropped where it is below half a step of an 8-bit mean square; here the
+    # smallest mean square is 1e-2, so that 1e-5 shows as 5e-4.
+    close(copy.model(x, training=False), expected, 2e-3)
+
+
+def test_samples_that_differ_in_scale_keep_their_outputs_in_int8(tmp_path, rng):
+    """Without equalization and two normalizations the error here is 1.3 of the largest output."""
+    model = small_model()
+    x = images(rng, 256) * (10 ** rng.uniform(-1, 0, (256, 1, 1, 1))).astype("float32")
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", x)
+    expected = model.predict(x, verbose=0)
+    (actual,) = run(report.path, x)
+    # 8 bits leave 12 steps to a sample of a tenth of the scale: an error of some percent.
+    assert np.sqrt(np.mean((actual - expected) ** 2)) < 0.05 * np.abs(expected).max()
+    assert report.agreement > 0.9
+
+
+def test_every_tensor_of_an_int8_file_with_integer_io_is_an_integer(tmp_path, rng):
+    x = images(rng)
+    model = small_model()
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", x, integer_io=True)
+    tensors = litert.Interpreter(report.path).get_tensor_details()
+    assert {np.dtype(t["dtype"]).name for t in tensors} <= {"int8", "int32"}
+    assert "QUANTIZE" not in report.operators
+    assert "DEQUANTIZE" not in report.operators
+    # The comparison goes through the scales of input and output.
+    assert report.max_error < 0.1 * np.abs(model.predict(x, verbose=0)).max()
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype"), [("int16x8", np.int16), ("int8_float_statistics", np.int8)]
+)
+def test_integer_io(preset, dtype, tmp_path, rng):
+    if preset == "int8_float_statistics":
+        pytest.importorskip("ai_edge_quantizer")
+    report = export_tflite(
+        small_model(), tmp_path / "m.tflite", preset, images(rng), integer_io=True
+    )
+    interpreter = litert.Interpreter(report.path)
+    assert interpreter.get_input_details()[0]["dtype"] is dtype
+    assert interpreter.get_output_details()[0]["dtype"] is dtype
+    assert report.agreement > 0.9
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
+def test_blank_faint_and_saturated_inputs_give_outputs_in_the_range_seen(preset, tmp_path, rng):
+    if preset == "int8_float_statistics":
+        pytest.importorskip("ai_edge_quantizer")
+    x = images(rng)
+    report = export_tflite(small_model(), tmp_path / "m.tflite", preset, x)
+    (seen,) = run(report.path, x)
+    span = seen.max() - seen.min()
+    for extreme in (0 * x, 0.01 * x, 1e6 * x, np.full_like(x, 1e3)):
+        (outputs,) = run(report.path, extreme)
+        assert np.isfinite(outputs).all()
+        # One step of 255 on each side, as the range of the integers is rounded outwards.
+        assert outputs.min() >= seen.min() - span / 255 - 0.01 * span
+        assert outputs.max() <= seen.max() + span / 255 + 0.01 * span
+
+
+def test_a_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
+    with_policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        inner = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(4, 3), frn()])
+        inputs = keras.Input((12, 12, 3))
+        x = layers.GlobalAveragePooling2D()(keras_frn.TLU()(inner(inputs)))
+        model = keras.Model(inputs, layers.Dense(3)(x))
+    finally:
+        keras.config.set_dtype_policy(with_policy)
+    x = images(rng, 8)
+    report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
+    # Half precision, of the model, rounds at 5e-4.
+    assert report.max_error < 5e-3
+    assert not any(name.startswith("Flex") for name in report.operators)
+    tensors = litert.Interpreter(report.path).get_tensor_details()
+    assert np.float16 not in {t["dtype"] for t in tensors}
+    assert model.compute_dtype == "float16"
+
+
+def test_unknown_sizes(tmp_path, rng):
+    model = shuffled_weights(
+        keras.Sequential(
+            [
+                keras.Input((None, None, 3)),
+                layers.Conv2D(6, 3),
+                frn_tlu_layer(),
+                layers.GlobalAveragePooling2D(),
+            ]
+        )
+    )
+    batches = [images(rng, 2, (9, 9, 3)), images(rng, 3, (7, 12, 3))]
+    report = export_tflite(model, tmp_path / "m.tflite", calibration_data=iter(batches))
+    assert report.samples == 5
+    for x in batches:
+        close(run(report.path, x)[0], model(x, training=False), FLOAT)
+
+
+def test_a_fixed_batch_size(tmp_path, rng):
+    model, x = small_model(batch_size=4), images(rng, 30)
+    report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
+    assert report.max_error < FLOAT
+    close(run(report.path, x[:4])[0], model(x[:4], training=False), FLOAT)
+
+
+@pytest.mark.parametrize("preset", [None, "int8"])
+def test_several_inputs_and_named_outputs(preset, tmp_path, rng):
+    image, extra = keras.Input((8, 8, 3), name="z_image"), keras.Input((4,), name="a_extra")
+    x = layers.GlobalAveragePooling2D()(frn_tlu_layer()(layers.Conv2D(6, 3)(image)))
+    x = layers.Concatenate()([x, extra])
+    outputs = {"scores": layers.Dense(3)(x), "amount": layers.Dense(1)(x)}
+    model = shuffled_weights(keras.Model([image, extra], outputs))
+    data = {"z_image": images(rng, 20, (8, 8, 3)), "a_extra": images(rng, 20, (4,))}
+    as_list = [data["z_image"], data["a_extra"]]
+    for calibration_data in (data, as_list, [(as_list, None)]):
+        report = export_tflite(model, tmp_path / "m.tflite", preset, calibration_data)
+        assert report.max_error < (1e-5 if preset is None else 0.1)
+        assert report.samples == 20
+
+
+def test_calibration_data_of_every_kind_gives_the_same_file(tmp_path, rng):
+    import tensorflow as tf
+
+    x, model = images(rng, 40), small_model()
+    y = np.zeros(40)
+    kinds = {
+        "array": x,
+        "dataset of batches": tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
+        "dataset of samples, endless": tf.data.Dataset.from_tensor_slices(x).take(40),
+        "generator": ((x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)),
+        "list of batches": [x[:30], x[30:]],
+    }
+    found = {
+        name: export_tflite(model, tmp_path / "m.tflite", None, data).max_error
+        for name, data in kinds.items()
+    }
+    assert max(found.values()) == min(found.values()), found
+
+
+@keras.saving.register_keras_serializable(package="test_export")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.convolution = layers.Conv2D(4, 3)
+        self.normalization = frn_tlu_layer(name="within")
+        self.pooling = layers.GlobalAveragePooling2D()
+
+    def call(self, inputs):
+        return self.pooling(self.normalization(self.convolution(inputs)))
+
+
+def test_a_subclassed_model_is_taken_as_it_is(tmp_path, rng):
+    x, model = images(rng, 20), Subclassed()
+    model(x)
+    report = export_tflite(model, tmp_path / "m.tflite", "dynamic", x)
+    assert report.max_error < 0.05
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", x)
+    assert report.not_equalized == {"within": "it is part of a subclassed model"}
+    assert "within" in report.warnings[0]
+    mixed = Subclassed(dtype="mixed_float16")
+    mixed(x)
+    with pytest.raises(ValueError, match=r"subclassed model with dtypes .*'float16'"):
+        export_tflite(mixed, tmp_path / "mixed.tflite")
+
+
+ERRORS = {
+    "preset": (dict(quantization="int4"), r"`quantization` must be one of .* Received: .*'int4'"),
+    "no data": (dict(quantization="int8"), r"`calibration_data` must be given .*100 to 500"),
+    "empty": (
+        dict(quantization="int16x8", calibration_data=iter([])),
+        "`calibration_data` must hold at least one sample",
+    ),
+    "shape": (
+        dict(calibration_data=np.zeros((2, 5, 5, 3))),
+        r"`calibration_data` must have the shape .*\(2, 5, 5, 3\)",
+    ),
+    "infinite": (
+        dict(calibration_data=np.full((1, 12, 12, 3), np.inf)),
+        "`calibration_data` must be finite",
+    ),
+    "two inputs": (
+        dict(calibration_data=[([np.zeros((1, 12, 12, 3))] * 2, None)]),
+        "`calibration_data` must hold 1 inputs per sample. Received: 2",
+    ),
+    "integer_io": (dict(integer_io=True), "`integer_io` must be False unless .*integer_io=True"),
+    "ending": (
+        dict(path="model.lite"),
+        r"`path` must end with .tflite. Received: path='model.lite'",
+    ),
+    "folder": (dict(path="absent/m.tflite"), "`path` must be in a folder that exists"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        export_tflite(small_model(), **{"path": "m.tflite", **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_the_file_that_was_there(tmp_path, rng):
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, keras.ops.fft2((inputs, inputs)))
+    path = tmp_path / "m.tflite"
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match="`model` must consist of operators that LiteRT has"):
+        export_tflite(model, path, "int8", images(rng, 4, (8, 8, 3)))
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
+
+
+def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
+    model = small_model()
+    model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))
+    weights = [w.numpy() for w in model.weights]
+    export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 8))
+    for before, after in zip(weights, model.weights):
+        np.testing.assert_array_equal(before, after.numpy())
+    assert model.get_layer("first").epsilon == 1e-6
+
+
+def test_the_report_prints_what_matters(tmp_path, rng, capsys):
+    model, _, reason = UNSCALABLE["used elsewhere"]
+    report = export_tflite(
+        model, tmp_path / "m.tflite", "int8", images(rng, 8, (10, 10, 4)), verbose=True
+    )
+    assert "converting to int8" in capsys.readouterr().out
+    text = str(report)
+    assert f"not inner: {reason}" in text
+    assert "equalized      0 of 2 normalizations" in text
+    assert "int8_float_statistics" in text  # what the warning recommends
+    assert re.search(r"verified on +8 samples: max error [\d.e-]+, same argmax [\d.]+%", text)
+    assert "no `calibration_data`" in str(export_tflite(model, tmp_path / "m.tflite"))
+
+
+@pytest.mark.parametrize("accelerator", ["ethos-u55-128", "ethos-u85-256"])
+def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
+    pytest.importorskip("ethosu")
+    # Samples of different scale, so that the form with two normalizations is among them.
+    x = images(rng) * (10 ** rng.uniform(-1, 0, (64, 1, 1, 1))).astype("float32")
+    report = export_tflite(small_model(), tmp_path / "m.tflite", "int8", x, integer_io=True)
+    assert report.operators["RSQRT"] == 3
+    command = [
+        sys.executable,
+        "-c",
+        "from ethosu.vela.vela import main; main()",
+        report.path,
+        "--output-dir",
+        str(tmp_path),
+    ]
+    command += ["--accelerator-config", accelerator]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"CPU operators = 0 \(0.0%\)", done.stdout)
+    assert re.search(r"NPU operators = [1-9]\d* \(100.0%\)", done.stdout)
