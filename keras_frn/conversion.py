@@ -171,8 +171,8 @@ def replace_batch_normalization(
             kernels = layer.get_weights()[: -1 if layer.use_bias else None]
             bias = np.asarray(layer.bias) if layer.use_bias else 0.0
             clone.set_weights([*kernels, bias - np.asarray(plan.biases[layer].moving_mean)])
-        elif layer not in plan.tlus and not _is_graph(layer):
-            clone.set_weights(layer.get_weights())
+        elif layer not in plan.tlus:
+            _copy_weights(layer, clone)
     _copy_trainable(clones)
     frns = {layer: clones[layer] for layer in plan.norms}
     ratios = {}
@@ -307,13 +307,26 @@ def _clone(model, make):
 
     def clone_graph(graph):
         if isinstance(graph, keras.Sequential):
-            x = graph.inputs[0]
-            inputs = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
-            return keras.Sequential([inputs, *map(clone, graph.layers)], name=graph.name)
-        return keras.models.clone_model(_plain(graph), clone_function=clone)
+            layers = [_input_like(graph.inputs[0]), *map(clone, graph.layers)]
+            return keras.Sequential(layers, name=graph.name)
+        inputs = keras.tree.map_structure(_input_like, graph.input)
+        return keras.models.clone_model(
+            _plain(graph), input_tensors=inputs, clone_function=clone
+        )
 
     result = clone(model)
     return result, dict(reversed(clones.items()))
+
+
+def _input_like(x):
+    # `clone_model` itself would name the inputs after the tensors.
+    name = x._keras_history.operation.name
+    return keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=name)
+
+
+def _copy_weights(layer, clone):
+    if isinstance(layer, keras.layers.Layer) and not _is_graph(layer):
+        clone.set_weights(layer.get_weights())
 
 
 def _copy(layer, **changes):
@@ -384,8 +397,8 @@ def _tapped(model, norms):
         lambda layer: calibration.Tap(layer, recorder) if layer in norms else _copy(layer),
     )
     for layer, clone in clones.items():
-        if layer not in norms and not _is_graph(layer):
-            clone.set_weights(layer.get_weights())
+        if layer not in norms:
+            _copy_weights(layer, clone)
     return copy, recorder
 
 

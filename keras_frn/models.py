@@ -1,0 +1,183 @@
+"""Reference networks with FRN and TLU where the sources have a normalization and an activation."""
+
+import numbers
+
+import keras
+
+from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+
+_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+_RANKS = {
+    1: (keras.layers.Conv1D, keras.layers.MaxPooling1D, keras.layers.GlobalAveragePooling1D),
+    2: (keras.layers.Conv2D, keras.layers.MaxPooling2D, keras.layers.GlobalAveragePooling2D),
+    3: (keras.layers.Conv3D, keras.layers.MaxPooling3D, keras.layers.GlobalAveragePooling3D),
+}
+
+
+def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_epsilon=False):
+    """Pre-activation residual network with FRN and TLU, for signals, images and volumes.
+
+    ```
+    x = x + conv(frn_tlu(conv(frn_tlu(conv(frn_tlu(x))))))      the bottleneck block: 1, 3, 1 wide
+    ```
+
+    The network of the paper's ImageNet experiments, ResNetV2-50, with FRN and TLU in place of
+    BatchNormalization and ReLU: a 7 wide convolution and a 3 wide maximum of stride 2, four stages,
+    FRN and TLU, the mean over all positions, logits. Convolutions have no bias. A projection reads
+    what the block's first FRN and TLU give. 18 and 34 have two 3 wide convolutions in a block, the
+    others are bottlenecks.
+
+    Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
+
+    Args:
+        input_shape: `(*spatial, channels)`, with one, two or three spatial sizes, None where unknown.
+            Defaults to (224, 224, 3).
+        classes: Number of logits. Defaults to 1000.
+        depth: 18, 34, 50, 101 or 152. Defaults to 50.
+        width: Channels of the first stage. Defaults to 64.
+        learned_epsilon: As in `FilterResponseNormalization`; use True where the last maps are of one
+            position, 1/32 of the input. Defaults to False.
+
+    Raises:
+        ValueError: if an argument does not fit.
+
+    Example:
+
+    >>> model = keras_frn.models.resnet((100, 6), classes=4, depth=18, width=16)  # a 1D network
+
+    Reference: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016,
+    https://arxiv.org/abs/1603.05027; Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    input_shape = tuple(input_shape)
+    if len(input_shape) - 1 not in _RANKS or input_shape[-1] is None:
+        raise ValueError(
+            "`input_shape` must be one to three spatial sizes and the number of channels. Received: "
+            f"input_shape={input_shape}. A series of 100 steps with 6 channels is (100, 6)."
+        )
+    if depth not in _BLOCKS:
+        raise ValueError(
+            f"`depth` must be one of {sorted(_BLOCKS)}. Received: depth={depth}. 18 is the smallest."
+        )
+    _check_positive(classes=classes, width=width)
+    conv_layer, pool_layer, mean_layer = _RANKS[len(input_shape) - 1]
+
+    def conv(x, filters, size, strides, name):
+        return conv_layer(
+            filters,
+            size,
+            strides,
+            padding="same",
+            use_bias=False,
+            kernel_initializer="he_normal",
+            name=name,
+        )(x)
+
+    def frn_tlu(x, name):
+        return FilterResponseNormalizationTLU(learned_epsilon=learned_epsilon, name=name)(x)
+
+    inputs = keras.Input(input_shape)
+    x = conv(inputs, width, 7, 2, "stem_conv")
+    x = pool_layer(3, 2, padding="same", name="stem_pool")(x)
+    for stage, blocks in enumerate(_BLOCKS[depth]):
+        filters = width * 2**stage
+        for block in range(blocks):
+            name = f"stage{stage + 1}_block{block + 1}"
+            strides = 2 if stage > 0 and block == 0 else 1
+            y = frn_tlu(x, f"{name}_frn1")
+            out = filters if depth < 50 else 4 * filters
+            if strides > 1 or x.shape[-1] != out:
+                x = conv(y, out, 1, strides, f"{name}_projection")
+            if depth < 50:
+                y = conv(y, filters, 3, strides, f"{name}_conv1")
+                y = conv(frn_tlu(y, f"{name}_frn2"), out, 3, 1, f"{name}_conv2")
+            else:
+                y = conv(y, filters, 1, 1, f"{name}_conv1")
+                y = conv(frn_tlu(y, f"{name}_frn2"), filters, 3, strides, f"{name}_conv2")
+                y = conv(frn_tlu(y, f"{name}_frn3"), out, 1, 1, f"{name}_conv3")
+            x = keras.layers.Add(name=f"{name}_add")([x, y])
+    x = mean_layer(name="mean")(frn_tlu(x, "last_frn"))
+    logits = keras.layers.Dense(classes, name="logits")(x)
+    return keras.Model(inputs, logits, name=f"resnet{depth}_frn")
+
+
+def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activation="swish"):
+    """ResNet-20-FRN of the Bayesian deep learning literature.
+
+    ```
+    x = act(x + frn(conv(act(frn(conv(x))))))              the block; frn is FRN followed by TLU
+    ```
+
+    Three stages of `(depth - 2) / 6` blocks with 16, 32 and 64 channels, convolutions with bias, a
+    projection where a stage begins, the mean over all positions, logits. As in its source, every FRN
+    has its TLU, and `activation` follows. With `activation="tlu"` nothing follows, no TLU stands in
+    front of the addition, and a TLU stands behind it: FRN and TLU in place of BatchNormalization and
+    ReLU. 274,042 parameters at the defaults.
+
+    Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
+
+    Args:
+        input_shape: `(height, width, channels)`. Defaults to (32, 32, 3).
+        classes: Number of logits. Defaults to 10.
+        depth: 6 n + 2. Defaults to 20.
+        width: Channels of the first stage. Defaults to 16.
+        activation: `"swish"`, `"tlu"`, or any other that `keras.layers.Activation` takes. Defaults to
+            `"swish"`.
+
+    Raises:
+        ValueError: if an argument does not fit.
+
+    Example:
+
+    >>> model = keras_frn.models.resnet_cifar()
+
+    Reference: Izmailov et al., "What Are Bayesian Neural Network Posteriors Really Like?", ICML 2021,
+    https://arxiv.org/abs/2104.14421."""
+    if isinstance(depth, bool) or not isinstance(depth, numbers.Integral) or depth < 8 or (depth - 2) % 6:
+        raise ValueError(
+            f"`depth` must be 6 n + 2. Received: depth={depth}. Common depths are 20, 32, 44 and 56."
+        )
+    _check_positive(classes=classes, width=width)
+    only_tlu = activation == "tlu"
+
+    def layer(x, filters, size, strides, name, branch_end=False):
+        x = keras.layers.Conv2D(
+            filters, size, strides, "same", kernel_initializer="he_normal", name=f"{name}_conv"
+        )(x)
+        if only_tlu and branch_end:
+            return FilterResponseNormalization(name=f"{name}_frn")(x)
+        x = FilterResponseNormalizationTLU(name=f"{name}_frn")(x)
+        return x if only_tlu or branch_end else act(x, name)
+
+    def act(x, name):
+        if only_tlu:
+            return TLU(name=f"{name}_tlu")(x)
+        return keras.layers.Activation(activation, name=f"{name}_act")(x)
+
+    inputs = keras.Input(tuple(input_shape))
+    x = layer(inputs, width, 3, 1, "stem")
+    for stage in range(3):
+        filters = width * 2**stage
+        for block in range((depth - 2) // 6):
+            name = f"stage{stage + 1}_block{block + 1}"
+            begins = stage > 0 and block == 0
+            y = layer(x, filters, 3, 2 if begins else 1, f"{name}_1")
+            y = layer(y, filters, 3, 1, f"{name}_2", branch_end=True)
+            if begins:
+                x = layer(x, filters, 1, 2, f"{name}_projection", branch_end=True)
+            x = act(keras.layers.Add(name=f"{name}_add")([x, y]), name)
+    x = keras.layers.GlobalAveragePooling2D(name="mean")(x)
+    logits = keras.layers.Dense(classes, kernel_initializer="he_normal", name="logits")(x)
+    return keras.Model(inputs, logits, name=f"resnet{depth}_frn_{'tlu' if only_tlu else 'act'}")
+
+
+def _check_positive(**arguments):
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(
+                f"`{name}` must be an int of 1 or more. Received: {name}={value!r}. Pass a positive int."
+            )

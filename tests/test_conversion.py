@@ -1,0 +1,388 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+from reference import close
+from keras import layers
+
+from keras_frn.conversion import replace_batch_normalization
+from keras_frn.layers import TLU, FilterResponseNormalization
+
+# With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever the structure,
+# the converted model must then give what the original gives.
+FIXED_SCALE = 1e8
+# A sum of float32 terms in another order, through the few layers of these models.
+ROUNDING = 2e-4
+
+
+def _convert(model, *args, **kwargs):
+    return replace_batch_normalization(model, *args, verbose=False, **kwargs)
+
+
+def _report(model, **kwargs):
+    return _convert(model, return_report=True, **kwargs)[1]
+
+
+def _trained(model, rng):
+    """Gives every BatchNormalization and bias weights that a trained model could have."""
+    for layer in model.layers:
+        if hasattr(layer, "layers"):
+            _trained(layer, rng)
+        elif isinstance(layer, layers.BatchNormalization):
+            shape = layer.moving_mean.shape
+            layer.moving_mean.assign(rng.normal(size=shape))
+            layer.moving_variance.assign(rng.uniform(0.3, 3.0, size=shape))
+            if layer.scale:
+                layer.gamma.assign(rng.uniform(0.5, 1.5, size=shape) * rng.choice([-1, 1], shape))
+            if layer.center:
+                layer.beta.assign(rng.normal(size=shape))
+    return model
+
+
+def _input(model, rng, size=5):
+    return keras.tree.map_structure(
+        lambda x: rng.normal(size=(size, *(s or 7 for s in x.shape[1:]))).astype("float32"),
+        model.inputs[0] if isinstance(model, keras.Sequential) else model.input,
+    )
+
+
+def _residual():
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, use_bias=False, padding="same")(x)
+    x = layers.ReLU(name="relu1")(layers.BatchNormalization(name="bn1")(x))
+    y = layers.BatchNormalization(name="bn2")(layers.DepthwiseConv2D(3, padding="same")(x))
+    y = layers.Activation("relu", name="relu2")(y)
+    y = layers.BatchNormalization(name="bn3")(layers.SeparableConv2D(4, 3, padding="same")(y))
+    x = layers.Activation("relu", name="relu3")(layers.Add()([x, y]))
+    return keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(x)), name="residual")
+
+
+def _concatenated():
+    x = inputs = keras.Input((6, 6, 2))
+    for _ in range(3):
+        y = layers.ReLU()(layers.BatchNormalization()(x))
+        x = layers.Concatenate()([x, layers.Conv2D(3, 3, padding="same", use_bias=False)(y)])
+    return keras.Model(inputs, layers.Flatten()(x))
+
+
+def _mobile():
+    x = inputs = keras.Input((8, 8, 3))
+    x = layers.ReLU(6.0, name="relu6")(layers.BatchNormalization()(layers.Conv2D(4, 3)(x)))
+    x = layers.Activation("swish", name="swish")(layers.BatchNormalization()(x))
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = layers.Conv2D(4, 1, activation="sigmoid")(gate)
+    return keras.Model(inputs, layers.Multiply()([x, gate]))
+
+
+def _shared():
+    conv, bn = layers.Conv2D(3, 3, padding="same"), layers.BatchNormalization(name="bn")
+    relu, both = layers.ReLU(name="relu"), layers.ReLU(name="both")
+    other = layers.BatchNormalization(name="other")
+    a, b = keras.Input((5, 5, 3), name="a"), keras.Input((6, 4, 3), name="b")
+    x, y = (relu(bn(conv(i))) for i in (a, b))
+    outputs = {"x": both(bn(x)), "y": both(other(y))}
+    return keras.Model({"a": a, "b": b}, outputs)
+
+
+def _nested():
+    inner = keras.Sequential(
+        [layers.Conv2D(4, 3, padding="same"), layers.BatchNormalization(), layers.ReLU()]
+    )
+    inside = keras.Input((None, None, 4))
+    block = keras.Model(inside, layers.BatchNormalization()(layers.Add()([inside, inside])))
+    x = inputs = keras.Input((6, 6, 4))
+    x = block(inner(block(inner(x))))
+    return keras.Sequential([inputs, keras.Model(inputs, x), layers.Flatten()])
+
+
+def _dense():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.BatchNormalization(name="first"),
+            layers.Dense(5, use_bias=False),
+            layers.BatchNormalization(scale=False),
+            layers.ReLU(),
+            layers.Dense(5, activation="relu"),
+            layers.BatchNormalization(center=False),
+            layers.Dense(3),
+        ]
+    )
+
+
+def _channels_first():
+    x = inputs = keras.Input((3, 20))
+    x = layers.ReLU()(layers.BatchNormalization(axis=1)(x))
+    return keras.Model(inputs, layers.BatchNormalization(axis=1)(x + 1.0) * 2.0)
+
+
+def _rank_5():
+    return keras.Sequential(
+        [
+            keras.Input((4, 4, 4, 2)),
+            layers.Conv3D(3, 3, use_bias=False),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+        ]
+    )
+
+
+BUILDERS = [
+    _residual,
+    _concatenated,
+    _mobile,
+    _shared,
+    _nested,
+    _dense,
+    _channels_first,
+    _rank_5,
+]
+
+
+def _all_layers(model):
+    for layer in model.layers:
+        yield layer
+        if hasattr(layer, "layers"):
+            yield from _all_layers(layer)
+
+
+@pytest.mark.parametrize("restore_biases", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
+def test_every_structure_keeps_its_function(build, restore_biases, rng):
+    model = _trained(build(), rng)
+    x = _input(model, rng)
+    before, weights = model(x), [w.copy() for w in model.get_weights()]
+    converted = _convert(model, epsilon_ratio=FIXED_SCALE, restore_biases=restore_biases)
+    for actual, expected in zip(keras.tree.flatten(converted(x)), keras.tree.flatten(before)):
+        close(actual, expected, ROUNDING)
+    names = [sorted(x.name for x in _all_layers(m)) for m in (converted, model)]
+    assert names[0] == names[1]
+    assert not any(isinstance(x, layers.BatchNormalization) for x in _all_layers(converted))
+    for actual, expected in zip(model.get_weights(), weights):
+        np.testing.assert_array_equal(actual, expected)
+    for actual, expected in zip(keras.tree.flatten(model(x)), keras.tree.flatten(before)):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_only_an_activation_of_one_normalization_becomes_tlu(rng):
+    model = _residual()
+    tlus = [x.name for x in _convert(model).layers if isinstance(x, TLU)]
+    assert tlus == ["relu1", "relu2"]
+    assert not [x for x in _convert(model, replace_activations=False).layers if type(x) is TLU]
+    tlus = [x.name for x in _convert(_shared()).layers if isinstance(x, TLU)]
+    assert tlus == ["relu"]
+    assert not [x for x in _convert(_mobile()).layers if isinstance(x, TLU)]
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize(("scale", "center"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 3.0])
+def test_closed_form_is_exact_for_a_sample_of_typical_energy(ratio, scale, center, axis, rng):
+    shape = (8, 3) if axis == -1 else (3, 8)
+    model = keras.Sequential(
+        [keras.Input(shape), layers.BatchNormalization(axis, scale=scale, center=center)]
+    )
+    bn = _trained(model, rng).layers[0]
+    mean, variance = np.asarray(bn.moving_mean), np.asarray(bn.moving_variance)
+    # Half of the positions one standard deviation above the mean, half below: nu2 = mean^2 + variance.
+    x = mean + np.sqrt(variance) * np.tile([1.0, -1.0], 4)[:, None]
+    x = (x if axis == -1 else x.T)[None].astype("float32")
+    # float32; epsilon 1e-6 beside a mean square of 0.3 or more.
+    close(_convert(model, epsilon_ratio=ratio)(x), model(x), 1e-5)
+
+
+@pytest.mark.parametrize("learned", ["per_channel", False])
+def test_epsilon_is_in_proportion_to_the_mean_square(learned, rng):
+    model = _trained(_dense(), rng)
+    bn = model.get_layer("first")
+    frn = _convert(model, epsilon_ratio=2.0, learned_epsilon=learned).get_layer("first")
+    expected = 2.0 * (np.asarray(bn.moving_mean) ** 2 + np.asarray(bn.moving_variance))
+    actual = np.asarray(frn.learned_epsilon) + frn.epsilon if learned else frn.epsilon
+    np.testing.assert_allclose(actual, expected + 1e-6, rtol=1e-5)
+    assert len(frn.weights) == (3 if learned else 2)
+
+
+@pytest.mark.parametrize("restore_biases", [False, True], ids=["", "biases"])
+def test_calibrated_layers_have_the_mean_and_deviation_of_the_original(restore_biases, rng):
+    model = _trained(_residual(), rng)
+    x = rng.normal(1.0, 2.0, size=(40, 8, 8, 3)).astype("float32")
+    converted = _convert(model, x, epsilon_ratio=1.0, restore_biases=restore_biases)
+    for name in ("bn1", "bn2", "bn3"):
+        actual, expected = (
+            np.asarray(keras.Model(m.input, m.get_layer(name).output)(x), "float64").reshape(-1, 4)
+            for m in (converted, model)
+        )
+        # Both are means over 2,560 float32 values.
+        close(actual.mean(0), expected.mean(0), 1e-4)
+        close(actual.std(0), expected.std(0), 1e-4)
+        assert (np.diag(np.corrcoef(actual.T, expected.T)[:4, 4:]) > 0.5).all()
+
+
+def test_calibration_does_not_depend_on_the_batch_size(rng):
+    model = _trained(_nested(), rng)
+    x = rng.normal(size=(23, 6, 6, 4)).astype("float32")
+    results = [_convert(model, x, batch_size=size).get_weights() for size in (1, 7, 64)]
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0]):
+            close(actual, expected, 1e-4)  # kernels of other batch sizes round differently
+
+
+def test_calibration_follows_shared_layers_and_several_inputs(rng):
+    model = _trained(_shared(), rng)
+    x = {"a": rng.normal(size=(9, 5, 5, 3)), "b": rng.normal(size=(9, 6, 4, 3))}
+    x = keras.tree.map_structure(lambda v: v.astype("float32"), x)
+    plain, calibrated = _convert(model), _convert(model, x)
+    assert any(
+        np.abs(a - b).max() > 1e-3
+        for a, b in zip(plain.get_weights(), calibrated.get_weights())
+        if a.size
+    )
+    assert all(np.isfinite(v).all() for v in keras.tree.flatten(calibrated.predict(x, verbose=0)))
+    # With a fixed scale there is nothing to correct.
+    exact = _convert(model, x, epsilon_ratio=FIXED_SCALE)
+    for actual, expected in zip(keras.tree.flatten(exact(x)), keras.tree.flatten(model(x))):
+        close(actual, expected, 1e-3)  # a variance is a difference of float32 means
+
+
+def test_calibration_reads_a_batch_at_a_time(rng, tmp_path):
+    np.save(tmp_path / "x.npy", rng.normal(size=(10, 6)).astype("float32"))
+    read = []
+
+    class Recorded:
+        data = np.load(tmp_path / "x.npy", mmap_mode="r")
+
+        def __len__(self):
+            return len(self.data)
+
+        def __getitem__(self, index):
+            read.append(len(self.data[index]))
+            return self.data[index]
+
+    _convert(_trained(_dense(), rng), Recorded(), batch_size=4)
+    assert max(read) == 4
+
+
+def test_masked_positions_do_not_calibrate(rng):
+    inputs = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(9, 4, mask_zero=True)(inputs)
+    model = keras.Model(inputs, layers.BatchNormalization()(x))
+    short = rng.integers(1, 9, size=(12, 5))
+    padded = np.concatenate([short, np.zeros((12, 6), int)], 1)
+    a, b = (_convert(model, x).get_weights() for x in (short, padded))
+    for actual, expected in zip(a, b):
+        close(actual, expected, 1e-5)
+
+
+def test_a_channel_without_signal_stays_finite(rng):
+    model = keras.Sequential([keras.Input((4, 4, 2)), layers.BatchNormalization()])
+    model.layers[0].moving_variance.assign([0.0, 1.0])
+    x = rng.normal(size=(8, 4, 4, 2)).astype("float32")
+    x[..., 0] = 0.0
+    for converted in (_convert(model), _convert(model, x), _convert(model, x, epsilon_ratio=0)):
+        y = np.asarray(converted(x))
+        assert np.isfinite(y).all()
+        close(y[..., 0], np.zeros((8, 4, 4)), 1e-6)
+
+
+def test_frozen_layers_stay_frozen_and_compiled_models_become_uncompiled(rng):
+    model = _nested()
+    model.layers[0].trainable = False
+    list(_all_layers(model))[3].trainable = True
+    model.compile("sgd", lambda a, b: a)
+    converted = _convert(model)
+    flags = [{x.name: x.trainable for x in _all_layers(m)} for m in (converted, model)]
+    assert flags[0] == flags[1]
+    assert not converted.compiled
+    assert model.compiled
+
+
+def test_regularizers_constraints_and_dtype_pass_on():
+    bn = layers.BatchNormalization(
+        gamma_regularizer="l2", beta_constraint="non_neg", dtype="mixed_float16", axis=1
+    )
+    frn = _convert(keras.Sequential([keras.Input((3, 9)), bn])).layers[0]
+    assert isinstance(frn.gamma_regularizer, keras.regularizers.L2)
+    assert isinstance(frn.beta_constraint, keras.constraints.NonNeg)
+    assert (frn.compute_dtype, frn.axis) == ("float16", 1)
+
+
+def test_the_result_is_saved_and_loaded(rng, tmp_path):
+    model = _trained(_residual(), rng)
+    x = _input(model, rng)
+    converted = _convert(model, x)
+    converted.save(tmp_path / "frn.keras")
+    loaded = keras.models.load_model(tmp_path / "frn.keras")
+    np.testing.assert_array_equal(loaded(x), converted(x))
+    json.loads(converted.to_json())
+
+
+def test_report_says_what_was_replaced_and_why(rng):
+    x = inputs = keras.Input((6, 4, 3))
+    x = layers.Conv2D(3, 1, name="conv")(x)
+    x = layers.ReLU(6.0, name="relu6")(layers.BatchNormalization(name="bn")(x))
+    x = layers.TimeDistributed(layers.BatchNormalization(), name="hidden")(x)
+    model = keras.Model(inputs, x)
+    converted, report = _convert(model, restore_biases=True, return_report=True)
+    text = str(report)
+    assert "1 BatchNormalization layers became FRN, 0 activations became TLU, 2 layers" in text
+    rows = {entry.layer: entry for entry in report.entries}
+    assert rows["bn"].positions == 24
+    assert rows["bn"].epsilon_ratio == pytest.approx(3.0, rel=1e-4)
+    assert (rows["conv"].action, rows["relu6"].action) == ("changed", "kept")
+    assert rows["relu6"].reason == "not a ReLU"
+    assert "no graph" in rows["hidden"].reason
+    assert isinstance(converted.get_layer("hidden").layer, layers.BatchNormalization)
+    assert all(entry.layer in text for entry in report.entries)
+    report = _report(_shared())
+    rows = {entry.layer: entry for entry in report.entries}
+    assert rows["both"].reason == "other layers come before it too"
+
+
+def test_a_model_without_batch_normalization_is_copied_and_said_so():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    with pytest.warns(UserWarning, match="no BatchNormalization"):
+        converted, report = _convert(model, return_report=True)
+    x = np.ones((1, 3), "float32")
+    np.testing.assert_array_equal(converted(x), model(x))
+    assert "No BatchNormalization" in str(report)
+
+
+class _Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__(name="mine")
+        self.dense, self.bn = layers.Dense(2), layers.BatchNormalization()
+
+    def call(self, inputs, training=None):
+        return self.bn(self.dense(inputs), training=training)
+
+
+def test_a_subclassed_model_is_refused_with_a_way_out(rng):
+    model = _Subclassed()
+    model(np.ones((1, 3), "float32"))
+    with pytest.raises(ValueError, match=r"`model` must be .*Received: .*mine.*_Subclassed.*model\.call"):
+        _convert(model)
+    inputs = keras.Input((3,))
+    converted = _convert(keras.Model(inputs, model.call(inputs)))
+    assert any(isinstance(x, FilterResponseNormalization) for x in converted.layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"epsilon_ratio": -1}, r"`epsilon_ratio` must be .*Received: epsilon_ratio=-1"),
+        ({"epsilon_ratio": float("nan")}, r"Received: epsilon_ratio=nan"),
+        ({"learned_epsilon": True}, r"`learned_epsilon` must be .*Received: learned_epsilon=True"),
+        ({"batch_size": 0}, r"`batch_size` must be .*Received: batch_size=0"),
+        ({"calibration_data": np.zeros((0, 6))}, r"`calibration_data` must be .*lengths \[0\]"),
+        ({"calibration_data": np.full((2, 6), np.nan)}, r"must give finite values"),
+    ],
+)
+def test_arguments_are_checked(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        _convert(_dense(), **arguments)
+
+
+def test_an_unbuilt_model_is_refused():
+    with pytest.raises(ValueError, match=r"`model` must be built. Received: model='empty'"):
+        _convert(keras.Sequential([layers.BatchNormalization()], name="empty"))

@@ -1,0 +1,94 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_frn import models
+from keras_frn.layers import TLU, FilterResponseNormalization
+
+
+def _kernel_shapes(model):
+    return sorted(
+        tuple(weight.shape) for weight in model.weights if weight.path.endswith("kernel")
+    )
+
+
+def _channels(model):
+    norms = [x for x in model.layers if isinstance(x, FilterResponseNormalization)]
+    return sum(x.gamma.shape[0] for x in norms)
+
+
+def test_resnet20_frn_has_the_size_of_its_source():
+    # By hand from the source: kernels 270,896 and the dense bias 10, and in each of the 784 channels behind a
+    # convolution a bias, gamma, beta and tau.
+    kernels = 432 + 6 * 2304 + (4608 + 5 * 9216 + 512) + (18432 + 5 * 36864 + 2048) + 640
+    assert kernels == 270_896
+    model = models.resnet_cifar()
+    assert model.count_params() == kernels + 10 + 4 * 784 == 274_042
+    activations = [x for x in model.layers if isinstance(x, keras.layers.Activation)]
+    assert len(activations) == 1 + 2 * 9
+    assert all(x.activation is keras.activations.silu for x in activations)
+
+
+def test_tlu_takes_the_place_of_the_activation():
+    model = models.resnet_cifar(activation="tlu", depth=8)
+    assert not [x for x in model.layers if isinstance(x, keras.layers.Activation)]
+    # 3 blocks: a branch end each, two projections, neither with a threshold; a TLU after each addition.
+    plain = [x for x in model.layers if type(x) is FilterResponseNormalization]
+    assert len(plain) == 5
+    assert sum(isinstance(x, TLU) for x in model.layers) == 3
+
+
+def test_resnet_has_the_convolutions_of_the_pre_activation_resnet():
+    reference = keras.applications.ResNet50V2(weights=None, input_shape=(64, 64, 3))
+    model = models.resnet((64, 64, 3))
+    assert _kernel_shapes(model) == _kernel_shapes(reference)
+    norms = [x for x in reference.layers if isinstance(x, keras.layers.BatchNormalization)]
+    assert _channels(model) == sum(x.gamma.shape[0] for x in norms)
+    # gamma, beta and tau; the only bias is that of the logits.
+    kernels = sum(int(np.prod(shape)) for shape in _kernel_shapes(model))
+    assert model.count_params() == kernels + 1000 + 3 * _channels(model)
+    assert model.output_shape == (None, 1000)
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "size"),
+    [((96, 3), 3), ((64, 64, 3), 9), ((32, 32, 32, 3), 27), ((None, None, 3), 9)],
+    ids=["1d", "2d", "3d", "sizes unknown"],
+)
+def test_resnet_of_every_rank(input_shape, size):
+    model = models.resnet(input_shape, classes=4, depth=18, width=8, learned_epsilon=True)
+    kernel = model.get_layer("stage1_block1_conv1").kernel
+    assert tuple(kernel.shape) == (3,) * (len(input_shape) - 1) + (8, 8)
+    assert int(np.prod(kernel.shape)) == size * 64
+    x = np.random.default_rng(0).normal(size=(2, *(s or 48 for s in input_shape)))
+    y = np.asarray(model(x.astype("float32")))
+    assert y.shape == (2, 4)
+    assert np.isfinite(y).all()
+    assert np.std(y) > 1e-3
+
+
+def test_resnet_learns(rng):
+    x = rng.normal(size=(64, 32, 2)).astype("float32")
+    x[::2] += 3 * np.sin(np.arange(32))[None, :, None]
+    model = models.resnet((32, 2), classes=2, depth=18, width=4, learned_epsilon=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(3e-3), loss)
+    history = model.fit(x, np.arange(64) % 2, batch_size=16, epochs=8, verbose=0)
+    assert history.history["loss"][-1] < 0.7 * history.history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: models.resnet(depth=20), r"`depth` must be one of .*Received: depth=20"),
+        (lambda: models.resnet((3,)), r"`input_shape` must be .*Received: input_shape=\(3,\)"),
+        (lambda: models.resnet((8, None)), r"Received: input_shape=\(8, None\)"),
+        (lambda: models.resnet(classes=0), r"`classes` must be .*Received: classes=0"),
+        (lambda: models.resnet(width=1.5), r"`width` must be .*Received: width=1.5"),
+        (lambda: models.resnet_cifar(depth=21), r"`depth` must be 6 n \+ 2. Received: depth=21"),
+        (lambda: models.resnet_cifar(depth=2), r"Received: depth=2"),
+    ],
+)
+def test_arguments_are_checked(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
