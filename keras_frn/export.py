@@ -152,7 +152,7 @@ def export_tflite(
         exported = model if copy is None else copy.model
         content = _converted(exported, folder, quantization, batches, integer_io)
     say("verifying in LiteRT")
-    runtime = _Runtime(content)
+    runtime = _Runtime(content, _input_names(model), batches)
     samples, max_error, agreement = _compared(model, runtime, batches)
     _write(path, content)
     return ExportReport(
@@ -213,6 +213,10 @@ def _import_litert():
 
 def _is_functional(model):
     return isinstance(model, (keras.Sequential, keras.Function)) and bool(model.inputs)
+
+
+def _input_names(model):
+    return [t.name for t in model.inputs] if _is_functional(model) else []
 
 
 def _copied(model):
@@ -318,6 +322,7 @@ def _flat_inputs(element, inputs):
 def _converted(model, folder, quantization, batches, integer_io):
     import tensorflow as tf
 
+    names = _input_names(model)
     model.export(folder, format="tf_saved_model", verbose=False)
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     if quantization not in (None, "int8_float_statistics"):
@@ -326,7 +331,6 @@ def _converted(model, folder, quantization, batches, integer_io):
         converter.target_spec.supported_types = [tf.float16]
     if quantization in ("int8", "int16x8"):
         sets = tf.lite.OpsSet
-        names = [t.name for t in model.inputs] if _is_functional(model) else []
         converter.representative_dataset = lambda: _rows(batches, names)
         converter.target_spec.supported_ops = [
             sets.TFLITE_BUILTINS_INT8
@@ -340,9 +344,11 @@ def _converted(model, folder, quantization, batches, integer_io):
         with warnings.catch_warnings():
             # That input and output are float while the rest is not, as asked for.
             warnings.filterwarnings("ignore", "Statistics for quantized inputs")
+            # Of the interpreter that the converter itself uses for several inputs.
+            warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated")
             content = converter.convert()
         if quantization == "int8_float_statistics":
-            content = _with_integer_products(content, batches, integer_io)
+            content = _with_integer_products(content, names, batches, integer_io)
     except Exception as error:
         raise ValueError(
             "`model` must consist of operators that LiteRT has with quantization="
@@ -360,7 +366,7 @@ def _rows(batches, names):
             yield dict(zip(names, arrays)) if len(names) > 1 else arrays
 
 
-def _with_integer_products(content, batches, integer_io):
+def _with_integer_products(content, names, batches, integer_io):
     """Quantizes the convolutions and dense layers of a float LiteRT file, and leaves the rest."""
     try:
         from ai_edge_quantizer import qtyping, quantizer
@@ -369,17 +375,17 @@ def _with_integer_products(content, batches, integer_io):
             "ai-edge-quantizer is needed for 'int8_float_statistics': "
             'pip install "keras-frn[export]"'
         ) from error
-    names = ["CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED"]
-    names += ["INPUT", "OUTPUT"] if integer_io else []
+    operators = ["CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED"]
+    operators += ["INPUT", "OUTPUT"] if integer_io else []
     made = quantizer.Quantizer(content)
-    for name in names:
+    for name in operators:
         made.add_static_config(
             regex=".*",
             operation_name=qtyping.TFLOperationName[name],
             activation_num_bits=8,
             weight_num_bits=8,
         )
-    ranges = _Runtime(content, keep_tensors=True).ranges(batches)
+    ranges = _Runtime(content, names, batches, keep_tensors=True).ranges(batches)
     # It shows a progress bar also when told not to.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         # Of an interpreter that the quantizer makes to look at the file.
@@ -389,9 +395,9 @@ def _with_integer_products(content, batches, integer_io):
 
 
 class _Runtime:
-    """A LiteRT file in the interpreter."""
+    """A LiteRT file in the interpreter, called on batches with inputs in the order of `names`."""
 
-    def __init__(self, content, keep_tensors=False):
+    def __init__(self, content, names, batches, keep_tensors=False):
         litert = _import_litert()
         options = {}
         if keep_tensors:
@@ -401,28 +407,34 @@ class _Runtime:
                 "experimental_op_resolver_type": resolvers.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
             }
         self._interpreter = litert.Interpreter(model_content=content, num_threads=1, **options)
-        self._interpreter.allocate_tensors()
+        self._names = names
         self._runner = self._interpreter.get_signature_runner()
+        if batches:
+            self([array[:1] for array in batches[0]])
+        else:
+            # Without data, unknown sizes are 1, which some models cannot run.
+            with contextlib.suppress(RuntimeError):
+                self._interpreter.allocate_tensors()
         operators = self._interpreter._get_ops_details()
-        names = [operator["op_name"] for operator in operators]
-        self.operators = {n: names.count(n) for n in dict.fromkeys(names) if n != "DELEGATE"}
-        self.partitions = names.count("DELEGATE")
+        kinds = [operator["op_name"] for operator in operators]
+        self.operators = {k: kinds.count(k) for k in dict.fromkeys(kinds) if k != "DELEGATE"}
+        self.partitions = kinds.count("DELEGATE")
         self.delegated = _number_delegated(operators)
 
-    def __call__(self, batch, names=()):
+    def __call__(self, batch):
         details = self._runner.get_input_details()
-        keys = list(names) if set(names) == set(details) else sorted(details)
+        keys = self._names if set(self._names) == set(details) else sorted(details)
         inputs = {key: _quantized(a, details[key]) for key, a in zip(keys, batch)}
         outputs = self._runner(**inputs)
         details = self._runner.get_output_details()
         keys = sorted(outputs, key=lambda key: (len(key), key) if "output_0" in outputs else key)
         return [_dequantized(outputs[key], details[key]) for key in keys]
 
-    def ranges(self, batches, names=()):
+    def ranges(self, batches):
         """The smallest and largest value of each float tensor, by name."""
         found = {}
         for batch in batches:
-            self(batch, names)
+            self(batch)
             for detail in self._interpreter.get_tensor_details():
                 if detail["dtype"] != np.float32 or not detail["shape"].all():
                     continue
@@ -467,12 +479,11 @@ def _dequantized(array, detail):
 def _compared(model, runtime, batches):
     """Number of samples, largest difference, and share of equal argmax."""
     structure = input_structure(model) if _is_functional(model) else None
-    names = [t.name for t in model.inputs] if _is_functional(model) else ()
     samples, max_error, same, positions = 0, 0.0, 0, 0
     for batch in batches:
         inputs = batch[0] if structure is None else keras.tree.pack_sequence_as(structure, batch)
         outputs = keras.tree.flatten(model(inputs, training=False))
-        for ours, theirs in zip(runtime(batch, names), outputs):
+        for ours, theirs in zip(runtime(batch), outputs):
             theirs = np.asarray(theirs, "float32")
             with np.errstate(invalid="ignore"):
                 error = np.where(ours == theirs, 0.0, np.abs(ours - theirs))
