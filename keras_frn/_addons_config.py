@@ -109,9 +109,10 @@ def sublayers(layer):
     for name, value in [*vars(layer).items(), *vars(layer).get("_modules", {}).items()]:
         if isinstance(value, keras.Layer):
             yield name, value
-        elif name != "_layers" and isinstance(value, (list, tuple)) and value:
-            if all(isinstance(item, keras.Layer) for item in value):
-                yield name, list(value)
+        elif name != "_layers" and isinstance(value, (list, tuple)):
+            layers = [item for item in value if isinstance(item, keras.Layer)]
+            if layers and len(layers) == len(value):
+                yield name, layers
 
 
 def walk(layer, seen=None):
@@ -218,8 +219,12 @@ class _Builder:
         return self._builtin(kind, config)
 
     def _custom(self, data, kind):
-        names = (data.get("registered_name"), data.get("class_name"), kind)
-        return next((self.custom_objects[n] for n in names if n in self.custom_objects), None)
+        names = [data.get("registered_name"), data.get("class_name"), kind]
+        for name in [name for name in names if isinstance(name, str)]:
+            registered = keras.saving.get_registered_object(name, self.custom_objects)
+            if registered is not None:
+                return registered
+        return None
 
     def _builtin(self, kind, config):
         config = self._value(config)
@@ -333,7 +338,7 @@ class _Builder:
             return tuple(self._value(item) for item in value["items"])
         if kind == "__ellipsis__":
             return Ellipsis
-        if kind == "__numpy__" or value.get("type") == "ndarray":
+        if kind in ("__numpy__", "__tensor__") or value.get("type") == "ndarray":
             stored = value.get("config", value)
             return np.asarray(stored["value"], stored["dtype"]).tolist()
         if not isinstance(kind, str) or "config" not in value:
@@ -371,7 +376,7 @@ class _Builder:
             _, kind, inner = _entry(data)
             shape = _shape(inner)
             if kind == "InputLayer" or (not layers and shape is not None):
-                layers.append(_input(inner, shape))
+                layers.append(_input(inner, shape, named=kind == "InputLayer"))
             if kind != "InputLayer":
                 layers.append(self.layer(data))
                 calls += self.calls[id(layers[-1])]
@@ -468,7 +473,7 @@ def _shape(config):
     return tuple(shape["items"] if isinstance(shape, dict) else shape) if shape else None
 
 
-def _input(config, shape):
+def _input(config, shape, named=True):
     if shape is None or config.get("ragged"):
         raise ValueError(f"input {config.get('name')!r} is ragged or has no shape")
     if math.prod(size or 1 for size in shape) > _MAX_INPUT:
@@ -478,7 +483,7 @@ def _input(config, shape):
         batch_shape=shape,
         dtype=dtype["config"]["name"] if isinstance(dtype, dict) else dtype,
         sparse=bool(config.get("sparse")),
-        name=config.get("name") if "filters" not in config else None,
+        name=config.get("name") if named else None,
     )
 
 
@@ -615,13 +620,9 @@ _BINARY = {
     "matmul": ops.matmul,
 }
 _ACTIVATIONS = {
-    name: name
-    for name in "relu relu6 sigmoid tanh softmax silu elu selu gelu softplus softsign".split()
-} | {
-    "swish": "silu",
-    "leaky_relu": "leaky_relu",
-    "exp": "exponential",
-    "log_softmax": "log_softmax",
+    **{name: name for name in ("relu", "relu6", "sigmoid", "tanh", "softmax", "log_softmax")},
+    **{name: name for name in ("elu", "selu", "gelu", "silu", "softplus", "softsign")},
+    **{"leaky_relu": "leaky_relu", "swish": "silu", "exp": "exponential"},
 }
 _UNARY = {
     "negative": ops.negative,
@@ -665,6 +666,9 @@ def operator_call(function, name, x, options):
     one, otherwise a Keras operation."""
     package, _, short = function.rpartition(".")
     options = {k: v for k, v in options.items() if k != "name"}
+    inputs = keras.tree.flatten([x, options])
+    if not any(map(keras.backend.is_keras_tensor, inputs)):
+        raise _Refused(f"calls {function!r} on constants. {_BY_CODE}")
     known = package in ("", "math", "nn", "linalg", "__operators__", "compat.v1", "compat.v1.nn")
     if known and short in _BINARY and set(options) == {"y"}:
         return _binary(short, name, x, options["y"])

@@ -1,6 +1,6 @@
 """What the files of Keras 2 hold: a config, arrays, and the tree that says which array is whose.
 
-Reading is JSON, HDF5, zip and TensorFlow's checkpoint reader. Nothing is unpickled, imported by
+Reading is JSON, HDF5, zip and protocol buffers. Nothing is unpickled, imported by
 name or run, no link leads out of the file, and no array is read that is out of proportion to it.
 """
 
@@ -14,6 +14,8 @@ import zipfile
 
 import h5py
 import numpy as np
+
+from ._addons_checkpoint import Checkpoint, fields, protobuf
 
 # A compressed file may grow this much. Trained weights hardly compress; zeros compress without end.
 _GROWTH, _FREE = 100, 2**26
@@ -70,11 +72,11 @@ def unreadable(path, error, name="path"):
 def _open(path, stack):
     if os.path.isdir(path):
         if os.path.isfile(os.path.join(path, "saved_model.pb")):
-            return _saved_model(path, stack)
-        return _checkpoint(_checkpoint_in(path), stack)
+            return _saved_model(path)
+        return _checkpoint(_checkpoint_in(path))
     if not os.path.exists(path):
         if os.path.isfile(path + ".index"):
-            return _checkpoint(path, stack)
+            return _checkpoint(path)
         raise ValueError("there is no such file")
     budget = Budget(os.path.getsize(path))
     with open(path, "rb") as file:
@@ -84,7 +86,7 @@ def _open(path, stack):
     if start[:2] == b"PK":
         return _zip(path, budget, stack)
     if path.endswith(".index"):
-        return _checkpoint(path[: -len(".index")], stack)
+        return _checkpoint(path[: -len(".index")])
     if start.lstrip()[:1] == b"{":
         with open(path, "rb") as file:
             return Saved("JSON config", config=_json(file.read()))
@@ -117,13 +119,20 @@ def _hdf5(file, budget, stack, **found):
         if "optimizer_weights" in root:
             optimizer = _member(root, "optimizer_weights")
     if "layer_names" in group.attrs or "layer_names0" in group.attrs:
-        weights = FlatWeights(group, optimizer, budget)
+        weights = _flat(group, optimizer, budget)
         found["keras_version"] = _text(group.attrs.get("keras_version", "unknown"))
+        if "config" in found:
+            _check_version(found["keras_version"])
     elif any(name in group for name in _CONTAINERS):
         kind, weights = "Keras v3 weights", TreeWeights(GroupNode(group, budget))
     else:
         raise ValueError("it is an HDF5 file without the layer names that Keras writes")
     return Saved(kind, weights=weights, **found)
+
+
+def _check_version(version):
+    if version.startswith("3"):
+        raise ValueError(f"Keras {version} saved it: open it with keras.saving.load_model")
 
 
 def _text(value):
@@ -163,27 +172,30 @@ def _array(group, name, budget):
 
 
 class FlatWeights:
-    """The .h5 layout: a list of arrays for every layer of the outermost model."""
+    """The .h5 layout: a list of arrays for every layer of the outermost model.
 
-    def __init__(self, group, optimizer, budget):
-        self.groups = []
-        for layer in _names(group, "layer_names"):
-            member = _member(group, layer)
-            names = _names(member, "weight_names")
-            self.groups.append((layer, [(n, _array(member, n, budget)) for n in names]))
-        if "top_level_model_weights" in group:
-            member = _member(group, "top_level_model_weights")
-            if _names(member, "weight_names"):
-                raise ValueError("its outermost model has weights of its own, outside its layers")
-        self.arrays = [array for _, arrays in self.groups for _, array in arrays]
-        self.optimizer = None
-        if optimizer is not None:
-            names = _names(optimizer, "weight_names")
-            self.optimizer = _state([_array(optimizer, n, budget) for n in names])
+    An exported SavedModel has one list for all layers, here a single group without a name.
+    """
+
+    def __init__(self, groups, optimizer=None):
+        self.groups = groups
+        self.optimizer = optimizer
 
     def elements(self):
         """How many numbers the file's weights have."""
-        return sum(array.size for array in self.arrays)
+        return sum(array.size for _, arrays in self.groups for _, array in arrays)
+
+
+def _flat(group, optimizer, budget):
+    def arrays(group):
+        names = _names(group, "weight_names")
+        return [(name, _array(group, name, budget)) for name in names]
+
+    groups = [(n, arrays(_member(group, n))) for n in _names(group, "layer_names")]
+    if "top_level_model_weights" in group and arrays(_member(group, "top_level_model_weights")):
+        raise ValueError("its outermost model has weights of its own, outside its layers")
+    state = None if optimizer is None else _state([a for _, a in arrays(optimizer)])
+    return FlatWeights(groups, state)
 
 
 def _state(arrays):
@@ -209,10 +221,7 @@ def _zip(path, budget, stack):
         found = {"config": config, "training": config.get("compile_config")}
         if "metadata.json" in members:
             found["keras_version"] = str(_json(read("metadata.json")).get("keras_version"))
-        if not str(found.get("keras_version", "2")).startswith("2"):
-            raise ValueError(
-                f"Keras {found['keras_version']} saved it: open it with keras.saving.load_model"
-            )
+            _check_version(found["keras_version"])
         saved = _hdf5(io.BytesIO(read("model.weights.h5")), budget, stack, **found)
         saved.kind = ".keras file"
         return saved
@@ -229,15 +238,15 @@ def _zip(path, budget, stack):
         ):
             with open(os.path.join(folder, inside), "wb") as file:
                 file.write(read(name))
-    return _saved_model(folder, stack)
+    return _saved_model(folder)
 
 
 # SavedModel folders and checkpoints
 
 
-def _saved_model(folder, stack):
-    saved = _checkpoint(os.path.join(folder, "variables", "variables"), stack)
-    saved.kind = "SavedModel"
+def _saved_model(folder):
+    saved = _checkpoint(os.path.join(folder, "variables", "variables"))
+    saved.kind = "SavedModel" if saved.kind == "checkpoint" else saved.kind
     metadata = os.path.join(folder, "keras_metadata.pb")
     if os.path.isfile(metadata):
         with open(metadata, "rb") as file:
@@ -249,38 +258,11 @@ def _saved_model(folder, stack):
 
 
 def _root_metadata(data):
-    for field, node in _protobuf(data):
-        if field == 1:
-            entries = dict(_protobuf(node))
-            if entries.get(3) == b"root":
-                return _json(entries.get(5, b""))
+    for number, node in protobuf(data):
+        entries = fields(node) if number == 1 else {}
+        if entries.get(3) == b"root":
+            return _json(entries.get(5, b""))
     raise ValueError("its keras_metadata.pb names no root")
-
-
-def _protobuf(data):
-    """The fields of a message that has only integers and byte strings."""
-    at = 0
-
-    def integer():
-        nonlocal at
-        value = shift = 0
-        while shift < 64:
-            byte = data[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-        raise ValueError("its keras_metadata.pb is corrupt")
-
-    while at < len(data):
-        key = integer()
-        value = integer()
-        if key & 7 == 2:
-            at, value = at + value, data[at : at + value]
-        elif key & 7 != 0:
-            raise ValueError("its keras_metadata.pb is corrupt")
-        yield key >> 3, value
 
 
 def _checkpoint_in(folder):
@@ -297,30 +279,15 @@ def _checkpoint_in(folder):
     return os.path.join(folder, names[0][: -len(".index")])
 
 
-def _checkpoint(prefix, stack):
-    del stack  # the reader holds no file open
-    import tensorflow as tf
-    from tensorflow.core.protobuf import trackable_object_graph_pb2 as proto
-
+def _checkpoint(prefix):
     if not os.path.isfile(prefix + ".index"):
         raise ValueError(f"there is no {os.path.basename(prefix)}.index")
-    folder = os.path.dirname(prefix) or "."
-    start = os.path.basename(prefix) + ".data-"
-    sizes = [
-        os.path.getsize(os.path.join(folder, n)) for n in os.listdir(folder) if n.startswith(start)
-    ]
-    reader = tf.train.load_checkpoint(prefix)
-    graph_key = "_CHECKPOINTABLE_OBJECT_GRAPH"
-    types = reader.get_variable_to_dtype_map()
-    if graph_key not in types:
-        raise ValueError("it has no object graph: it is a checkpoint of TensorFlow 1")
-    # A checkpoint is not compressed, so its arrays cannot be larger than its data files.
-    for key, shape in reader.get_variable_to_shape_map().items():
-        if types[key] != tf.string and np.prod(shape, dtype=object) * types[key].size > size:
-            raise ValueError(f"{key!r} claims the shape {shape}, in files of {size} bytes")
-    graph = proto.TrackableObjectGraph()
-    graph.ParseFromString(reader.get_tensor(graph_key))
-    return Saved("checkpoint", weights=TreeWeights(GraphNode(0, graph.nodes, reader, {})))
+    checkpoint = Checkpoint(prefix)
+    root = GraphNode(0, checkpoint.graph(), checkpoint, {})
+    if root.child("_endpoint_names") is not None and root.child("variables") is not None:
+        arrays = root.child("variables").list()
+        return Saved("exported SavedModel", weights=FlatWeights([(None, arrays)]))
+    return Saved("checkpoint", weights=TreeWeights(root))
 
 
 # The two layouts that are trees
@@ -414,14 +381,15 @@ class GraphNode:
 
     named = True
 
-    def __init__(self, number, nodes, reader, cache):
-        self._number, self._nodes, self._reader, self._cache = number, nodes, reader, cache
-        if not 0 <= number < len(nodes):
+    def __init__(self, number, nodes, checkpoint, cache):
+        self._number, self._nodes = number, nodes
+        self._checkpoint, self._cache = checkpoint, cache
+        if number >= len(nodes):
             raise ValueError("its object graph has an edge to nowhere")
-        self._edges = {edge.local_name: edge.node_id for edge in nodes[number].children}
+        self._edges = nodes[number].edges
 
     def _node(self, number):
-        return GraphNode(number, self._nodes, self._reader, self._cache)
+        return GraphNode(number, self._nodes, self._checkpoint, self._cache)
 
     def child(self, name):
         """The object in this attribute, or None."""
@@ -448,15 +416,18 @@ class GraphNode:
 
     def value(self):
         """The array of this object itself, or None."""
-        for attribute in self._nodes[self._number].attributes:
-            if attribute.name == "VARIABLE_VALUE":
-                key = attribute.checkpoint_key
-                if key not in self._cache:
-                    self._cache[key] = np.asarray(self._reader.get_tensor(key))
-                if self._cache[key].dtype.kind not in "biufV":
-                    raise ValueError(f"{key!r} is not an array of numbers")
-                return self._cache[key]
-        return None
+        if not self._nodes[self._number].values:
+            return None
+        key, _ = self._nodes[self._number].values[0]
+        if key not in self._cache:
+            self._cache[key] = self._checkpoint.array(key)
+        return self._cache[key]
+
+    def list(self):
+        """The arrays of a list, with the full names of the weights."""
+        nodes = [self.child(str(i)) for i in range(len(self._edges))]
+        nodes = [node for node in nodes if node is not None and node.value() is not None]
+        return [(self._nodes[n._number].values[0][1], n.value()) for n in nodes]
 
     def optimizer(self):
         """The optimizer's arrays, in order of creation or by (slot, key of the weight), or None."""
@@ -478,10 +449,8 @@ class GraphNode:
                 if node.child(edge) is not None:
                     state[name] = node.child(edge).value()
             state["slots"] = {
-                (slot.slot_name, slot.original_variable_node_id): self._node(
-                    slot.slot_variable_node_id
-                ).value()
-                for slot in self._nodes[node._number].slot_variables
+                (slot, weight): self._node(number).value()
+                for slot, weight, number in self._nodes[node._number].slots
             }
         scale = node.child("loss_scale")
         if scale is not None:
@@ -491,5 +460,4 @@ class GraphNode:
 
     def elements(self):
         """How many numbers the checkpoint holds."""
-        shapes = self._reader.get_variable_to_shape_map().values()
-        return sum(int(np.prod(shape, dtype=object)) for shape in shapes)
+        return self._checkpoint.elements()

@@ -1,6 +1,7 @@
 """Models and weights saved by TensorFlow Addons, opened in Keras 3."""
 
 import inspect
+import itertools
 import os
 import tempfile
 import warnings
@@ -336,6 +337,13 @@ def _once(weights):
 def _match_flat(model, members, stored):
     layers = [v for v in _inside(model, members) if v.weights]
     groups = [(name, arrays) for name, arrays in stored.groups if arrays]
+    if [name for name, _ in groups] == [None]:
+        arrays = iter(groups[0][1])
+        groups = [
+            (layer.name, list(itertools.islice(arrays, len(layer.weights)))) for layer in layers
+        ]
+        if any(True for _ in arrays):
+            raise ValueError("it holds more weights than the model")
     if len(layers) != len(groups):
         raise ValueError(
             f"it holds weights for {len(groups)} layers, the model has {len(layers)} with weights"
@@ -369,11 +377,16 @@ def _paired(order, arrays):
         arrays = [arrays[names.index(name)] for name in expected]
     pairs = []
     for (weight, name), (_, array) in zip(order, arrays, strict=True):
-        shape = tuple(weight.shape)
-        if array.shape != shape and array.shape[-1:] != shape:
+        if not _fits(weight, name, array):
             return None
         pairs.append((weight, name, array, None))
     return pairs
+
+
+def _fits(weight, name, array):
+    """Whether a stored array can be this weight, perhaps after `_fit`."""
+    shape = tuple(weight.shape)
+    return array.shape == shape or (name in _OURS and array.shape[-1:] == shape)
 
 
 def _last(name):
@@ -428,10 +441,10 @@ def _match_own(layer, members, node, found):
     else:
         raise ValueError(f"layer {layer.name!r} has {len(own)} weights, the file {len(arrays)}")
     for weight, name, array, _ in pairs:
-        shape = tuple(weight.shape)
-        if array.shape != shape and (name is None or array.shape[-1:] != shape):
+        if not _fits(weight, name, array):
             raise ValueError(
-                f"layer {layer.name!r} has a weight of the shape {shape}, the file {array.shape}"
+                f"layer {layer.name!r} has a weight of the shape {tuple(weight.shape)}, "
+                f"the file one of {array.shape}"
             )
     found += pairs
 
