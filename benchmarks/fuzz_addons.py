@@ -172,7 +172,10 @@ def mutate_h5(root, rng):
         if group.name != "/":
             del root[group.name]
     elif how == 10:
-        rng.choice(groups)["layers"] = root
+        group = rng.choice(groups)
+        names = [n for n in ("layers", "_layer_checkpoint_dependencies", "vars") if n not in group]
+        if names:
+            group[rng.choice(names)] = root
     else:
         group = rng.choice(groups)
         for key in list(group.attrs):

@@ -279,11 +279,12 @@ class _Builder:
         epsilon = abs(epsilon)
         if epsilon == 0 and not learned:
             epsilon = float(np.finfo("float32").tiny)
-            warnings.warn(
-                f"Layer {config.get('name')!r} has epsilon=0, which gives NaN for a channel of "
-                f"zeros; it became {epsilon:.3g}, the smallest that keeps every other output.",
-                stacklevel=2,
-            )
+            if self.thresholds is None:  # a model with thresholds is built a second time
+                warnings.warn(
+                    f"Layer {config.get('name')!r} has epsilon=0, which gives NaN for a channel of "
+                    f"zeros; it became {epsilon:.3g}, which keeps all other outputs.",
+                    stacklevel=2,
+                )
         return FilterResponseNormalization(
             axis=-1,
             epsilon=epsilon,

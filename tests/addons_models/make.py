@@ -159,9 +159,15 @@ def half():
         tf.keras.mixed_precision.set_global_policy("float32")
 
 
-O = tf.keras.optimizers
-OLD = getattr(O, "legacy", O)
-NEW = O if VERSION >= (2, 11) else O.experimental if VERSION >= (2, 9) else None
+KERAS_OPTIMIZERS = tf.keras.optimizers
+OLD = getattr(KERAS_OPTIMIZERS, "legacy", KERAS_OPTIMIZERS)
+NEW = (
+    KERAS_OPTIMIZERS
+    if VERSION >= (2, 11)
+    else KERAS_OPTIMIZERS.experimental
+    if VERSION >= (2, 9)
+    else None
+)
 OPTIMIZERS = {
     "old_sgd": lambda: OLD.SGD(0.05, momentum=0.9, nesterov=True, decay=0.1),
     "old_adam": lambda: OLD.Adam(0.01, amsgrad=True),
@@ -177,7 +183,10 @@ if NEW:
     OPTIMIZERS.update(
         sgd=lambda: NEW.SGD(0.05, clipnorm=0.5),
         adam=lambda: NEW.Adam(
-            O.schedules.ExponentialDecay(0.01, 2, 0.5), amsgrad=True, use_ema=True, ema_momentum=0.9
+            KERAS_OPTIMIZERS.schedules.ExponentialDecay(0.01, 2, 0.5),
+            amsgrad=True,
+            use_ema=True,
+            ema_momentum=0.9,
         ),
         adamw=lambda: NEW.AdamW(0.01, weight_decay=0.1),
         rmsprop=lambda: NEW.RMSprop(0.01, momentum=0.5, centered=True),
