@@ -1,0 +1,119 @@
+"""Exports beyond TensorFlow's own formats, and what a SavedModel can do after it is reloaded."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND
+
+import keras_frn
+
+# Other kernels with other orders of sums, relative to the largest output.
+PARITY = 1e-5
+
+
+def make(shape):
+    model = keras.Sequential(
+        [
+            keras.Input(shape),
+            keras.layers.Conv2D(6, 3),
+            keras_frn.FilterResponseNormalization(learned_epsilon=True),
+            keras_frn.TLU(),
+            keras.layers.Conv2D(4, 3),
+            keras_frn.FilterResponseNormalizationTLU(affine=True),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    rng = np.random.default_rng(1)
+    model.set_weights([w + 0.2 * rng.normal(size=w.shape) for w in model.get_weights()])
+    return model
+
+
+def inputs(unknown):
+    shapes = [(1, 9, 9, 3), (4, 7, 12, 3) if unknown else (4, 9, 9, 3)]
+    rng = np.random.default_rng(2)
+    return [rng.normal(size=shape).astype("float32") for shape in shapes]
+
+
+def assert_close(actual, expected):
+    assert np.max(np.abs(actual - expected)) <= PARITY * np.max(np.abs(expected))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
+def test_a_reloaded_saved_model_is_differentiable_and_has_a_serving_signature(tmp_path):
+    import tensorflow as tf
+
+    model = make((None, None, 3))
+    model.export(tmp_path / "saved", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved")
+    for x in inputs(unknown=True):
+        gradients = []
+        for function in (model, loaded.serve):
+            with tf.GradientTape() as tape:
+                tape.watch(tensor := tf.constant(x))
+                loss = tf.reduce_sum(function(tensor) ** 2)
+            gradients.append(tape.gradient(loss, tensor).numpy())
+        # The exported graph has the inference form, whose gradient sums in another order.
+        assert_close(gradients[1], gradients[0])
+        # What TensorFlow Serving calls: the signature, by name.
+        signature = loaded.signatures["serving_default"]
+        ((name, _),) = signature.structured_input_signature[1].items()
+        (output,) = signature(**{name: tf.constant(x)}).values()
+        assert_close(output.numpy(), model.predict(x, verbose=0))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
+@pytest.mark.parametrize("unknown", [False, True])
+def test_openvino(unknown, tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = make((None, None, 3) if unknown else (9, 9, 3))
+    path = str(tmp_path / "model.xml")
+    model.export(path, format="openvino", verbose=False)
+    # On processors with bfloat16 OpenVINO computes in it unless told otherwise.
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for x in inputs(unknown):
+        assert_close(compiled(x)[0], model.predict(x, verbose=0))
+
+
+# The backend is chosen when Keras is imported: another process.
+UNDER_JAX = """
+import sys, numpy as np
+sys.path.insert(0, {tests!r})
+from test_export_runtimes import assert_close, inputs, make
+path = {path!r}
+model = make((9, 9, 3))
+batches = inputs(unknown=False)
+model(batches[0])  # Keras' ONNX export asks for a call
+expected = [model.predict(x, verbose=0) for x in batches]
+model.export(path, format={format!r}, verbose=False)
+if {format!r} == "onnx":
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    run = lambda x: session.run(None, {{session.get_inputs()[0].name: x}})[0]
+else:
+    import tensorflow as tf
+    loaded = tf.saved_model.load(path)
+    run = lambda x: loaded.serve(x).numpy()
+for x, y in zip(batches, expected):
+    assert_close(run(x), y)
+print("compared", len(batches))
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="starts JAX itself, once is enough")
+@pytest.mark.parametrize("format_", ["tf_saved_model", "onnx"])
+def test_exports_of_the_jax_backend(format_, tmp_path):
+    for module in ("jax", *(("jax2onnx", "onnxruntime") if format_ == "onnx" else ())):
+        pytest.importorskip(module)
+    path = tmp_path / ("model.onnx" if format_ == "onnx" else "saved")
+    script = UNDER_JAX.format(tests=os.path.dirname(__file__), path=str(path), format=format_)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.endswith("compared 2\n"), done.stderr[-2000:]
