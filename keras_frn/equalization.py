@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers, ops
 
 from . import ops as frn_ops
-from .layers import FilterResponseNormalization, FilterResponseNormalizationTLU
+from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 # Shares of the largest mean square of a layer: below the first, 8 bits leave fewer than 4 steps;
 # below the second, less than half a step.
@@ -48,7 +48,27 @@ _COMMUTING = (
     layers.GlobalAveragePooling3D,
     layers.LeakyReLU,
 )
-_KERNEL_LAST = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
+# Added numbers go through unchanged.
+_SHIFTED = (
+    layers.Identity,
+    layers.MaxPooling1D,
+    layers.MaxPooling2D,
+    layers.MaxPooling3D,
+    layers.GlobalMaxPooling1D,
+    layers.GlobalMaxPooling2D,
+    layers.GlobalMaxPooling3D,
+    layers.AveragePooling1D,
+    layers.AveragePooling2D,
+    layers.AveragePooling3D,
+    layers.GlobalAveragePooling1D,
+    layers.GlobalAveragePooling2D,
+    layers.GlobalAveragePooling3D,
+    layers.Dropout,
+    layers.Cropping1D,
+    layers.Cropping2D,
+    layers.Cropping3D,
+)
+_BIASED = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
@@ -74,8 +94,9 @@ class _Normalization(layers.Layer):
         if source.use_learned_epsilon:
             epsilon = epsilon + np.abs(source.learned_epsilon.numpy())
         weights = (getattr(source, name, None) for name in ("gamma", "beta", "tau", "alpha"))
-        self.constants = [None if w is None else w.numpy() for w in weights]
+        self.constants = tuple(None if w is None else w.numpy() for w in weights)
         self.epsilon = epsilon
+        self.rank = source.input_spec.ndim
         self.recorded = None
         self.floor = None
         self.first_epsilon = None
@@ -156,14 +177,19 @@ class InferenceCopy:
         )
         for source, copy in self._copies:
             if not isinstance(copy, _Normalization):
-                copy.set_weights(source.get_weights())
+                weights = source.get_weights()
+                zeros = [np.zeros(w.shape, w.dtype) for w in copy.weights[len(weights) :]]
+                copy.set_weights(weights + zeros)
         self.normalizations = [c for _, c in self._copies if isinstance(c, _Normalization)]
 
     def _clone(self, layer):
         if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
             copy = _Normalization(layer)
         else:
-            copy = layer.__class__.from_config(_float32(layer.get_config()))
+            config = _float32(layer.get_config())
+            if type(layer) in _BIASED:
+                config["use_bias"] = True  # which the kernels of the runtime have anyway
+            copy = layer.__class__.from_config(config)
         if isinstance(layer, keras.Layer):
             self._copies.append((layer, copy))
         return copy
@@ -194,6 +220,58 @@ class InferenceCopy:
         while id(tensor) in self._same:
             tensor = self._same[id(tensor)]
         return tensor
+
+    def absorb_offsets(self):
+        """Moves beta behind TLU, and there into the bias of the next layer, where that is exact.
+
+        `max(y + beta, tau) = max(y, tau - beta) + beta`: one operator less on the full tensor. It
+        is exact unless the next layer pads with zeros.
+        """
+        for layer in self.normalizations:
+            gamma, beta, tau, alpha = layer.constants
+            outputs = [outputs for caller, _, outputs in self._calls if caller is layer]
+            if beta is None or alpha is not None or len(outputs) != 1:
+                continue
+            try:
+                thresholds, targets = self._absorbers(outputs[0][0])
+            except _NotScalableError:
+                continue
+            if layer.axis not in (-1, layer.rank - 1):
+                continue
+            if tau is not None:
+                tau = tau - beta
+            for threshold in thresholds:
+                threshold.tau.assign(threshold.tau - beta)
+            for target in targets:
+                *others, bias = target.get_weights()
+                kernel = others[0].astype("float64").reshape(-1, *others[0].shape[-2:])
+                target.set_weights([*others, bias + beta @ kernel.sum(0)])
+            layer.constants = (gamma, None, tau, alpha)
+
+    def _absorbers(self, tensor):
+        """The TLU layers to shift and the layers whose bias takes what is added to `tensor`."""
+        tensor = self._tensor(tensor)
+        if any(self._tensor(out) is tensor for out in self.model.outputs):
+            raise _NotScalableError
+        thresholds, targets = [], []
+        for layer, inputs, outputs in self._calls:
+            if not any(self._tensor(used) is tensor for used in inputs):
+                continue
+            if len(inputs) != 1 or sum(caller is layer for caller, _, _ in self._calls) > 1:
+                raise _NotScalableError
+            if isinstance(layer, TLU) and not layer.affine and len(layer.tau.shape) == 1:
+                found = self._absorbers(outputs[0])
+                thresholds += [layer, *found[0]]
+                targets += found[1]
+            elif isinstance(layer, _SHIFTED) and _is_channels_last(layer):
+                found = self._absorbers(outputs[0])
+                thresholds += found[0]
+                targets += found[1]
+            elif _takes_offset(layer):
+                targets.append(layer)
+            else:
+                raise _NotScalableError
+        return thresholds, targets
 
     def equalize(self, batches):
         """Scales each input channel of a normalization to unit root mean square on the batches."""
@@ -241,7 +319,7 @@ class InferenceCopy:
         inputs = [inputs for caller, inputs, _ in self._calls if caller is layer]
         if len(inputs) != 1:
             raise _NotScalableError("it is used in several places")
-        if layer.axis not in (-1, self._mean_squares[layer].ndim - 1):
+        if layer.axis not in (-1, layer.rank - 1):
             raise _NotScalableError("its channels are not the last axis")
         return inputs[0][0]
 
@@ -290,12 +368,26 @@ def _commutes(layer):
 
 def _is_scalable(layer):
     return (
-        isinstance(layer, (*_KERNEL_LAST, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
+        isinstance(layer, (*_BIASED, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
         and layer.activation in _HOMOGENEOUS
         and _is_channels_last(layer)
-        and not getattr(layer, "lora_enabled", False)
-        and not getattr(layer, "quantization_mode", None)
+        and _has_plain_kernel(layer)
     )
+
+
+def _has_plain_kernel(layer):
+    return not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
+
+
+def _takes_offset(layer):
+    """Whether a number added to an input channel is the same as one added to the bias."""
+    if type(layer) not in _BIASED or not _is_channels_last(layer) or not _has_plain_kernel(layer):
+        return False
+    if isinstance(layer, layers.Dense):
+        return True
+    # Zeros beside the input are not what was added.
+    padded = layer.padding != "valid" and any(size > 1 for size in layer.kernel_size)
+    return not padded and layer.groups == 1
 
 
 def _is_channels_last(layer):

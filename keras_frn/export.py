@@ -222,7 +222,9 @@ def _input_names(model):
 def _copied(model):
     """The `InferenceCopy`, or None for a model that has to be exported as it is."""
     if _is_functional(model):
-        return InferenceCopy(model)
+        copy = InferenceCopy(model)
+        copy.absorb_offsets()
+        return copy
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             f"`model` must be a built Keras model. Received: model={model!r}. Call it on data."

@@ -107,11 +107,11 @@ def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
 
 
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
-def test_float_files_are_one_partition_of_eight_operators_per_frn_and_tlu(preset, tmp_path, rng):
+def test_float_files_are_one_partition_of_seven_operators_per_frn_and_tlu(preset, tmp_path, rng):
     report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 8))
-    # 2 convolutions, 2 * 8 (MUL MEAN ADD RSQRT MUL MUL ADD MAXIMUM), pooling, dense.
+    # 2 convolutions, 2 * 7 (MUL MEAN ADD RSQRT MUL MUL MAXIMUM), pooling, dense.
     count = sum(n for name, n in report.operators.items() if name != "DEQUANTIZE")
-    assert count == 20
+    assert count == 18
     assert report.partitions == 1
     assert report.delegated == sum(report.operators.values())
 
@@ -255,6 +255,45 @@ def test_what_cannot_be_scaled_is_left_with_a_reason(name, rng):
     copy.equalize([[x]])
     assert copy.not_equalized[layer] == reason
     close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
+
+
+def stack(*after):
+    return keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3, use_bias=False), *after])
+
+
+# The number of ADD operators: one for each epsilon, one for each beta that stays.
+OFFSETS = {
+    "valid convolution": ([layers.Conv2D(4, 3)], 1),
+    "same convolution": ([layers.Conv2D(4, 3, padding="same")], 2),
+    "same convolution of size 1": ([layers.Conv2D(4, 1, padding="same", use_bias=False)], 1),
+    "pooling and dense": ([layers.GlobalAveragePooling2D(), layers.Dense(4)], 1),
+    "same pooling": ([layers.MaxPooling2D(3, padding="same"), layers.Conv2D(4, 3)], 1),
+    "average with a border": (
+        [layers.AveragePooling2D(3, strides=2, padding="same"), layers.Conv2D(4, 3)],
+        1,
+    ),
+    "with an activation": ([layers.Conv2D(4, 3, activation="tanh")], 1),
+    "groups": ([layers.Conv2D(4, 3, groups=2)], 2),
+    "output": ([], 2),
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.parametrize("separate", [False, True])
+def test_beta_moves_into_the_next_layer_where_that_is_exact(name, separate, tmp_path, rng):
+    after, additions = OFFSETS[name]
+    between = [frn(), keras_frn.TLU()] if separate else [frn_tlu_layer()]
+    copies = [layer.__class__.from_config(layer.get_config()) for layer in after]
+    model = shuffled_weights(stack(*between, *copies))
+    x = images(rng, 8)
+    copy = InferenceCopy(model)
+    copy.absorb_offsets()
+    close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
+    moved = [layer.constants[1] is None for layer in copy.normalizations]
+    assert moved == [additions == 1]
+    report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
+    assert report.operators["ADD"] == additions
+    assert report.max_error < FLOAT * max(1, np.abs(model.predict(x, verbose=0)).max())
 
 
 def test_the_integer_form_equals_the_formula_where_integers_resolve_it(rng):
