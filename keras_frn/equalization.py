@@ -101,7 +101,7 @@ class _Normalization(layers.Layer):
         self.floor = None
         self.first_epsilon = None
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs, training=None, mask=None):
         gamma, beta, tau, alpha = (
             None if c is None else c.astype("float32") for c in self.constants
         )
@@ -180,6 +180,8 @@ class InferenceCopy:
                 weights = source.get_weights()
                 zeros = [np.zeros(w.shape, w.dtype) for w in copy.weights[len(weights) :]]
                 copy.set_weights(weights + zeros)
+                if hasattr(copy, "finalize_state"):
+                    copy.finalize_state()  # of layers that `adapt` to data
         self.normalizations = [c for _, c in self._copies if isinstance(c, _Normalization)]
 
     def _clone(self, layer):
@@ -189,7 +191,9 @@ class InferenceCopy:
             config = _float32(layer.get_config())
             if type(layer) in _BIASED:
                 config["use_bias"] = True  # which the kernels of the runtime have anyway
-            copy = layer.__class__.from_config(config)
+            # A Lambda is the caller's own code, not a file's.
+            options = {"safe_mode": False} if isinstance(layer, layers.Lambda) else {}
+            copy = layer.__class__.from_config(config, **options)
         if isinstance(layer, keras.Layer):
             self._copies.append((layer, copy))
         return copy

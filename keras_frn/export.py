@@ -222,7 +222,13 @@ def _input_names(model):
 def _copied(model):
     """The `InferenceCopy`, or None for a model that has to be exported as it is."""
     if _is_functional(model):
-        copy = InferenceCopy(model)
+        try:
+            copy = InferenceCopy(model)
+        except (TypeError, NotImplementedError) as error:
+            raise ValueError(
+                "`model` must consist of layers that `get_config` describes. Received: "
+                f"{model.name}, of which a copy fails with: {error}"
+            ) from error
         copy.absorb_offsets()
         return copy
     if not isinstance(model, keras.Model) or not model.built:

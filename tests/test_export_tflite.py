@@ -1,7 +1,9 @@
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -444,7 +446,7 @@ def test_calibration_data_of_every_kind_gives_the_same_file(tmp_path, rng):
     kinds = {
         "array": x,
         "dataset of batches": tf.data.Dataset.from_tensor_slices((x, y)).batch(16),
-        "dataset of samples, endless": tf.data.Dataset.from_tensor_slices(x).take(40),
+        "dataset of samples": tf.data.Dataset.from_tensor_slices(x).take(40),
         "generator": ((x[i : i + 8], y[i : i + 8]) for i in range(0, 40, 8)),
         "list of batches": [x[:30], x[30:]],
     }
@@ -572,3 +574,43 @@ def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"CPU operators = 0 \(0.0%\)", done.stdout)
     assert re.search(r"NPU operators = [1-9]\d* \(100.0%\)", done.stdout)
+
+
+def test_the_examples_of_the_guide(tmp_path, monkeypatch, rng, capsys):
+    monkeypatch.chdir(tmp_path)
+    guide = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names = {"model": small_model(), "images": images(rng, 300), "labels": np.zeros(300)}
+    names["keras_frn"] = types.SimpleNamespace(export_tflite=export_tflite)
+    for block in blocks:
+        exec(block, names)
+    assert "XNNPACK" in capsys.readouterr().out
+    assert names["report"].samples == 256
+    assert litert.Interpreter("model.tflite").get_input_details()[0]["dtype"] is np.int8
+
+
+class Undescribed(layers.Layer):
+    def __init__(self, amount):
+        super().__init__()
+        self.amount = amount
+
+    def call(self, inputs):
+        return inputs * self.amount
+
+
+def test_layers_with_state_calls_with_arguments_and_layers_without_a_config(tmp_path, rng):
+    x = images(rng, 16) * 3 + 5
+    normalization = layers.Normalization()
+    normalization.adapt(x)
+    inputs = keras.Input((12, 12, 3))
+    y = layers.Lambda(lambda t: t * 2.0)(normalization(inputs))
+    y = frn_tlu_layer()(layers.Conv2D(6, 3)(y), training=False)
+    model = shuffled_weights(keras.Model(inputs, layers.BatchNormalization()(y)))
+    model.layers[-1].moving_mean.assign(np.arange(6.0))
+    report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
+    assert report.max_error < 1e-4  # of outputs of about 10
+
+    model = keras.Model(inputs, Undescribed(2.0)(inputs))
+    with pytest.raises(ValueError, match="layers that `get_config` describes"):
+        export_tflite(model, tmp_path / "n.tflite")
