@@ -298,9 +298,12 @@ def test_beta_moves_into_the_next_layer_where_that_is_exact(name, separate, tmp_
     assert report.max_error < FLOAT * max(1, np.abs(model.predict(x, verbose=0)).max())
 
 
-def test_the_integer_form_equals_the_formula_where_integers_resolve_it(rng):
+# An epsilon is dropped where it is below half a step of an 8-bit mean square: the smallest mean
+# square here is 1e-2, so that 1e-5 shows as 5e-4.
+@pytest.mark.parametrize(("epsilon", "tolerance"), [(1e-5, 2e-3), (3e-3, FLOAT)])
+def test_the_integer_form_equals_the_formula_where_integers_resolve_it(epsilon, tolerance, rng):
     channels = 6
-    layer = frn_tlu_layer(name="frn", epsilon=1e-5)
+    layer = frn_tlu_layer(name="frn", epsilon=epsilon)
     model = shuffled_weights(keras.Sequential([keras.Input((9, 9, channels)), layer]))
     # Samples from 0.1 to 1: mean squares spread over a factor of 100.
     x = images(rng, 64, (9, 9, channels)) * np.geomspace(0.1, 1, 64)[:, None, None, None]
@@ -310,10 +313,8 @@ def test_the_integer_form_equals_the_formula_where_integers_resolve_it(rng):
     (normalization,) = copy.normalizations
     assert normalization.first_epsilon is not None
     gamma, beta, tau = (w.numpy() for w in (layer.gamma, layer.beta, layer.tau))
-    expected = frn_tlu(x, gamma, beta, tau, epsilon=1e-5)
-    # Its epsilon is dropped where it is below half a step of an 8-bit mean square; here the
-    # smallest mean square is 1e-2, so that 1e-5 shows as 5e-4.
-    close(copy.model(x, training=False), expected, 2e-3)
+    expected = frn_tlu(x, gamma, beta, tau, epsilon=epsilon)
+    close(copy.model(x, training=False), expected, tolerance)
 
 
 def test_samples_that_differ_in_scale_keep_their_outputs_in_int8(tmp_path, rng):
