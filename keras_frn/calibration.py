@@ -1,6 +1,7 @@
 """Fits FRN layers to the BatchNormalization layers they replace, from what flows through both."""
 
 import collections
+import contextlib
 
 import keras
 import numpy as np
@@ -23,12 +24,9 @@ class Recorder:
         so many calls of it."""
         self.rows.clear()
         for start in range(0, sample_count(data), batch_size):
-            batch = keras.tree.map_structure(lambda x: x[start : start + batch_size], data)
             self._only, self._calls_left = only, calls
-            try:
-                model(keras.tree.map_structure(np.asarray, batch), training=False)
-            except _Reached:
-                pass
+            with contextlib.suppress(_Reached):
+                model(_batch(data, start, batch_size), training=False)
 
     def record(self, layer, inputs, mask):
         if self._only not in (None, layer):
@@ -67,13 +65,18 @@ def sample_count(data):
     counts = {len(x) for x in keras.tree.flatten(data)}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
-            "`calibration_data` must be an array, or a list or dict of arrays of one length, with at least one sample. "
-            f"Received: lengths {sorted(counts)}. Pass what `model.predict` takes."
+            "`calibration_data` must be an array, or a list or dict of arrays of one length, with "
+            f"at least one sample. Received: lengths {sorted(counts)}. Pass what `model.predict` "
+            "takes."
         )
     return counts.pop()
 
 
-def calibrate(original, converted, targets, data, batch_size, ratio, verbose):
+def _batch(data, start, size):
+    return keras.tree.map_structure(lambda x: np.asarray(x[start : start + size]), data)
+
+
+def calibrate(original, converted, targets, data, batch_size, verbose):
     """Sets gamma, beta and epsilon of each FRN layer, in the order of the forward pass.
 
     Each layer gets the mean and the standard deviation that its BatchNormalization gave on the same
@@ -83,18 +86,19 @@ def calibrate(original, converted, targets, data, batch_size, ratio, verbose):
     Args:
         original: `(model, recorder)`, with taps around the BatchNormalization layers.
         converted: `(model, recorder)`, with taps around the FRN layers.
-        targets: Dict from FRN layer to the tapped BatchNormalization layer.
+        targets: Dict from FRN layer to its BatchNormalization layer and epsilon / mean square.
         data, batch_size: The samples; only one batch is in memory at a time.
-        ratio: Epsilon / mean square.
         verbose: Whether to show progress.
 
     Returns:
         Dict from the id of the FRN layer to its measured epsilon / mean square, one per channel."""
     model, recorder = original
     recorder.run(model, data, batch_size)
-    wanted = {frn: _target(bn, recorder.rows[id(bn)]) for frn, bn in targets.items()}
+    wanted = {
+        frn: (*_target(bn, recorder.rows[id(bn)]), ratio) for frn, (bn, ratio) in targets.items()
+    }
     model, recorder = converted
-    recorder.run(model, keras.tree.map_structure(lambda x: x[:1], data), 1)
+    recorder.run(model, _batch(data, 0, 1), 1)
     calls = {key: len(rows) for key, rows in recorder.rows.items()}
     layers = {id(frn): frn for frn in targets}
     progress = keras.utils.Progbar(len(calls), unit_name="layer") if verbose else None
@@ -102,7 +106,7 @@ def calibrate(original, converted, targets, data, batch_size, ratio, verbose):
     for done, (key, count) in enumerate(calls.items(), 1):
         frn = layers[key]
         recorder.run(model, data, batch_size, only=frn, calls=count)
-        measured[key] = _fit(frn, recorder.rows[key], *wanted[frn], ratio)
+        measured[key] = _fit(frn, recorder.rows[key], *wanted[frn])
         if progress:
             progress.update(done)
     return measured
@@ -122,7 +126,11 @@ def _target(bn, rows):
     mean, mean_square, weight = _joined(rows)
     first = np.average(mean, axis=0, weights=weight)
     variance = np.average(mean_square, axis=0, weights=weight) - first**2
-    return scale * first + offset, np.abs(scale) * np.sqrt(np.maximum(variance, 0.0)), np.sign(scale)
+    return (
+        scale * first + offset,
+        np.abs(scale) * np.sqrt(np.maximum(variance, 0.0)),
+        np.sign(scale),
+    )
 
 
 def _fit(frn, rows, mean, deviation, sign, ratio):
@@ -147,12 +155,12 @@ def _fit(frn, rows, mean, deviation, sign, ratio):
 
 
 def _joined(rows):
-    """Mean, mean square `(samples, channels)` and number of positions `(samples,)` over all calls."""
+    """Mean, mean square `(samples, channels)` and positions `(samples,)`, over all calls."""
     mean, mean_square, count = (np.concatenate(parts) for parts in zip(*rows))
     if not np.isfinite(mean_square).all():
         raise ValueError(
-            "`calibration_data` must give finite values in every layer. Received: NaN or infinity at the input of a "
-            "normalization layer. Look at the data and its preprocessing."
+            "`calibration_data` must give finite values in every layer. Received: NaN or infinity "
+            "at the input of a normalization layer. Look at the data and its preprocessing."
         )
     # No weight at all would have no average.
     return mean, mean_square, count if count.any() else np.ones_like(count)
@@ -169,7 +177,9 @@ def _sample_moments(x, axis, mask):
         mask = ops.cast(mask, "float32")
         for _ in range(len(x.shape) - 1 - len(mask.shape)):
             mask = ops.expand_dims(mask, -1)
-        kept = ops.expand_dims(mask, axis) * ops.ones_like(x[(slice(None),) * axis + (slice(0, 1),)])
+        kept = ops.expand_dims(mask, axis) * ops.ones_like(
+            x[(slice(None),) * axis + (slice(0, 1),)]
+        )
         share = ops.maximum(ops.mean(kept, axis=spatial), 1e-12)
         count = _float64(ops.sum(kept, axis=(*spatial, axis)))
     mean = ops.mean(kept * x, axis=spatial) / share if spatial else kept * x

@@ -9,10 +9,12 @@ import warnings
 import keras
 import numpy as np
 
-from . import calibration
+from . import calibration, graph
 from .layers import TLU, FilterResponseNormalization
 
 _CONSTANT_EPSILON = 1e-6
+# Below this, a channel of one position would be close to its sign: unit energy whatever the input.
+_SINGLE_POSITION_RATIO = 1.0
 _LINEAR = (
     keras.layers.Dense,
     keras.layers.Conv1D,
@@ -51,10 +53,10 @@ class Replacement:
 class ConversionReport:
     """What `replace_batch_normalization` replaced, what it kept, and why; `print` shows a table.
 
-    `entries` has a `Replacement` for each BatchNormalization, for each activation after one, for each
-    layer that got a bias back, and for each layer that hides a BatchNormalization. `epsilon_ratio` is
-    the median over the channels of epsilon / mean square: near 0 is FRN as in the paper, 3 normalizes
-    mildly, and a large value would be BatchNormalization's fixed scale."""
+    `entries` has a `Replacement` for each BatchNormalization, for each activation after one, for
+    each layer that got a bias back, and for each layer that hides a BatchNormalization.
+    `epsilon_ratio` is the median over the channels of epsilon / mean square: near 0 is FRN as in
+    the paper, 3 normalizes mildly, and a large value would be BatchNormalization's fixed scale."""
 
     entries: tuple[Replacement, ...]
 
@@ -79,7 +81,8 @@ class ConversionReport:
             ratio = "" if entry.epsilon_ratio is None else f"{entry.epsilon_ratio:.3g}"
             positions = "" if entry.positions is None else entry.positions
             lines.append(
-                f"{entry.layer:{width}}  {entry.kind:18}  {positions!s:6}  {ratio:7}  {entry.action}: {entry.reason}"
+                f"{entry.layer:{width}}  {entry.kind:18}  {positions!s:6}  {ratio:7}  "
+                f"{entry.action}: {entry.reason}"
             )
         return "\n".join(lines)
 
@@ -107,11 +110,11 @@ def replace_batch_normalization(
     gamma = a * sqrt(m + epsilon),   beta = c,   tau = 0
     ```
 
-    The weights make each FRN give what its BatchNormalization gave for a sample of typical energy. With
-    `calibration_data` they are refined layer by layer, so that each output channel has the mean and
-    the standard deviation that it had. Epsilon is the path between the two layers: a large one is
-    BatchNormalization's fixed scale, 0 normalizes each sample fully. Fine-tune the result, and
-    let `EpsilonSchedule` lower epsilon meanwhile.
+    The weights make each FRN give what its BatchNormalization gave for a sample of typical energy.
+    With `calibration_data` they are refined layer by layer, so that each output channel has the
+    mean and the standard deviation that it had. Epsilon is the path between the two layers: a large
+    one is BatchNormalization's fixed scale, 0 normalizes each sample fully. Fine-tune the result,
+    and let `EpsilonSchedule` lower epsilon meanwhile.
 
     The result is uncompiled and has the names, the trainable flags and the weights of the other
     layers. The given model is not changed.
@@ -121,17 +124,19 @@ def replace_batch_normalization(
         calibration_data: Inputs as `model.predict` takes them: an array (a memory map is read batch
             by batch), or a list or dict of arrays. No labels. 100 to 1000 samples do. Defaults to
             None: the moving statistics alone.
-        epsilon_ratio: Float >= 0, epsilon / mean square of each channel. Defaults to 3.
+        epsilon_ratio: Float >= 0, epsilon / mean square of each channel; at least 1 where a channel
+            has a single position. Defaults to 3.
         learned_epsilon: `"per_channel"` keeps epsilon in a weight, which training and
             `EpsilonSchedule` change; False makes it a constant. Defaults to `"per_channel"`.
         replace_activations: Whether a `ReLU` or `Activation("relu")` that directly follows one of
             the replaced layers, and no other layer, becomes TLU. Defaults to True.
-        restore_biases: Whether a convolution or dense layer before BatchNormalization gets a bias of
-            minus the moving mean, which FRN does not subtract. Defaults to False.
-        batch_size: Samples per step of the calibration. It does not change the result. Defaults to 32.
+        restore_biases: Whether a convolution or dense layer before BatchNormalization gets a bias
+            of minus the moving mean, which FRN does not subtract. Defaults to False.
+        batch_size: Samples per step of the calibration. It does not change the result. Defaults to
+            32.
         verbose: Whether to show the progress of the calibration. Defaults to True.
-        return_report: Whether to return `(model, report)`, with a printable `ConversionReport`. Defaults
-            to False.
+        return_report: Whether to return `(model, report)`, with a printable `ConversionReport`.
+            Defaults to False.
 
     Returns:
         A `keras.Model`, or `(keras.Model, ConversionReport)`.
@@ -152,35 +157,39 @@ def replace_batch_normalization(
     plan = _Plan(model, replace_activations, restore_biases)
     if not plan.norms:
         warnings.warn(
-            f"Model {model.name!r} has no BatchNormalization layer that can be replaced: the result is a copy.",
+            f"Model {model.name!r} has no BatchNormalization layer that can be replaced: the "
+            "result is a copy.",
             stacklevel=2,
         )
+    ratios = {
+        bn: max(epsilon_ratio, _SINGLE_POSITION_RATIO) if _positions(bn) == 1 else epsilon_ratio
+        for bn in plan.norms
+    }
 
     def replacement(layer):
         if layer in plan.norms:
-            return _frn(layer, epsilon_ratio, learned_epsilon, layer in plan.centered)
+            return _frn(layer, ratios[layer], learned_epsilon, layer in plan.centered)
         if layer in plan.tlus:
             return _tlu(layer, plan.tlus[layer])
-        return _copy(layer, **({"use_bias": True} if layer in plan.biases else {}))
+        return graph.copy_layer(layer, **({"use_bias": True} if layer in plan.biases else {}))
 
-    converted, clones = _clone(model, replacement)
+    converted, clones = graph.clone(model, replacement)
     for layer, clone in clones.items():
         if layer in plan.norms:
-            _set_closed_form(clone, layer, epsilon_ratio, layer in plan.centered)
+            _set_closed_form(clone, layer, ratios[layer], layer in plan.centered)
         elif layer in plan.biases:
             kernels = layer.get_weights()[: -1 if layer.use_bias else None]
             bias = np.asarray(layer.bias) if layer.use_bias else 0.0
             clone.set_weights([*kernels, bias - np.asarray(plan.biases[layer].moving_mean)])
         elif layer not in plan.tlus:
-            _copy_weights(layer, clone)
-    _copy_trainable(clones)
+            graph.copy_weights(layer, clone)
+    graph.copy_trainable(clones)
     frns = {layer: clones[layer] for layer in plan.norms}
-    ratios = {}
     if calibration_data is not None and frns:
-        ratios = _calibrate(
-            model, converted, frns, calibration_data, batch_size, epsilon_ratio, verbose
+        ratios.update(
+            _calibrate(model, converted, frns, calibration_data, batch_size, ratios, verbose)
         )
-    report = ConversionReport(tuple(plan.entries(ratios, epsilon_ratio)))
+    report = ConversionReport(tuple(plan.entries(ratios)))
     return (converted, report) if return_report else converted
 
 
@@ -189,8 +198,8 @@ class _Plan:
 
     def __init__(self, model, replace_activations, restore_biases):
         self.layers = {}  # layer -> True, in the order of the graph
-        self.sources = collections.defaultdict(set)  # layer -> layers it reads; None is an input
-        self.readers = collections.defaultdict(set)  # layer -> layers that read it; None is an output
+        # Layer -> the layers it reads, and those that read it; None is an input or an output.
+        self.sources, self.readers = collections.defaultdict(set), collections.defaultdict(set)
         self._walk(model, set())
         self.norms = dict.fromkeys(
             layer for layer in self.layers if type(layer) is keras.layers.BatchNormalization
@@ -214,13 +223,13 @@ class _Plan:
         if model in seen:
             return
         seen.add(model)
-        calls, outputs = _calls(model)
+        calls, outputs = graph.calls(model)
         for layer, sources in calls:
             self.layers[layer] = True
             for source in sources:
                 self.sources[layer].add(source)
                 self.readers[source].add(layer)
-            if _is_graph(layer):
+            if graph.is_graph(layer):
                 self._walk(layer, seen)
         for layer in outputs:
             self.readers[layer].add(None)
@@ -229,14 +238,20 @@ class _Plan:
         """A BatchNormalization whose output the layer reads, or None."""
         return next((source for source in self.sources[layer] if source in self.norms), None)
 
-    def entries(self, measured, ratio):
+    def entries(self, ratios):
         for layer in self.layers:
             kind, before = type(layer).__name__, self._norm_before(layer)
             if layer in self.norms:
-                epsilon = measured.get(layer, ratio + _CONSTANT_EPSILON / _mean_square(layer))
-                reason = "FRN" + (", the mean in a bias before it" if layer in self.centered else "")
+                reason = "FRN" + (
+                    ", the mean in a bias before it" if layer in self.centered else ""
+                )
                 yield Replacement(
-                    layer.name, kind, "replaced", reason, _positions(layer), float(np.median(epsilon))
+                    layer.name,
+                    kind,
+                    "replaced",
+                    reason,
+                    _positions(layer),
+                    float(np.median(ratios[layer])),
                 )
             elif layer in self.tlus:
                 yield Replacement(layer.name, kind, "replaced", _TLU)
@@ -247,97 +262,12 @@ class _Plan:
                 if self.sources[layer] == {before} and _is_relu(layer):
                     reason = "not asked for"
                 yield Replacement(layer.name, kind, "kept", reason)
-            elif not _is_graph(layer) and any(
+            elif not graph.is_graph(layer) and any(
                 "moving_variance" in weight.path for weight in getattr(layer, "weights", ())
             ):
                 yield Replacement(
                     layer.name, kind, "kept", "BatchNormalization inside, which no graph shows"
                 )
-
-
-def _is_graph(layer):
-    return isinstance(layer, keras.Sequential) or (
-        isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
-    )
-
-
-def _plain(model):
-    """The same graph as a plain functional model, without a compiled state or a config of its own."""
-    return keras.Model(model.input, model.output, name=model.name)
-
-
-def _calls(model):
-    """A list of `(layer, layers it reads)`, one for each call in the model, and its output layers."""
-    if isinstance(model, keras.Sequential):
-        layers = model.layers
-        return [(b, [a]) for a, b in zip([None, *layers], layers)], layers[-1:]
-    model = _plain(model)
-    layers = {operation.name: operation for operation in model.operations}
-    config = model.get_config()
-    calls = [
-        (layers[layer["name"]], [layers[name] for name in _sources(node)])
-        for layer in config["layers"]
-        for node in layer["inbound_nodes"]
-    ]
-    outputs = keras.tree.flatten(config["output_layers"])[0::3]  # name, call, number of the output
-    return calls, [layers[name] for name in outputs]
-
-
-def _sources(node):
-    """The names of the layers whose outputs are arguments of a call."""
-    if isinstance(node, dict):
-        if node.get("class_name") == "__keras_tensor__":
-            yield node["config"]["keras_history"][0]
-        else:
-            yield from _sources(list(node.values()))
-    elif isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _sources(item)
-
-
-def _clone(model, make):
-    """A copy in which `make` gives each layer that is no model, and a dict from layer to copy, outer
-    models first."""
-    clones = {}
-
-    def clone(layer):
-        if layer not in clones:
-            clones[layer] = clone_graph(layer) if _is_graph(layer) else make(layer)
-        return clones[layer]
-
-    def clone_graph(graph):
-        if isinstance(graph, keras.Sequential):
-            layers = [_input_like(graph.inputs[0]), *map(clone, graph.layers)]
-            return keras.Sequential(layers, name=graph.name)
-        inputs = keras.tree.map_structure(_input_like, graph.input)
-        return keras.models.clone_model(
-            _plain(graph), input_tensors=inputs, clone_function=clone
-        )
-
-    result = clone(model)
-    return result, dict(reversed(clones.items()))
-
-
-def _input_like(x):
-    # `clone_model` itself would name the inputs after the tensors.
-    name = x._keras_history.operation.name
-    return keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=name)
-
-
-def _copy_weights(layer, clone):
-    if isinstance(layer, keras.layers.Layer) and not _is_graph(layer):
-        clone.set_weights(layer.get_weights())
-
-
-def _copy(layer, **changes):
-    return type(layer).from_config({**layer.get_config(), **changes})
-
-
-def _copy_trainable(clones):
-    # A model hands its flag to its layers, so that the inner ones come last.
-    for layer, clone in clones.items():
-        if isinstance(layer, keras.layers.Layer) and clone.trainable != layer.trainable:
-            clone.trainable = layer.trainable
 
 
 def _frn(bn, ratio, learned_epsilon, centered):
@@ -376,14 +306,13 @@ def _set_closed_form(frn, bn, ratio, centered):
         frn.learned_epsilon.assign(ratio * mean_square)
 
 
-def _calibrate(model, converted, frns, data, batch_size, ratio, verbose):
+def _calibrate(model, converted, frns, data, batch_size, ratios, verbose):
     measured = calibration.calibrate(
         _tapped(model, frns),
         _tapped(converted, frns.values()),
-        {frn: bn for bn, frn in frns.items()},
+        {frn: (bn, ratios[bn]) for bn, frn in frns.items()},
         data,
         batch_size,
-        ratio,
         verbose,
     )
     return {bn: measured[id(frn)] for bn, frn in frns.items() if id(frn) in measured}
@@ -392,13 +321,15 @@ def _calibrate(model, converted, frns, data, batch_size, ratio, verbose):
 def _tapped(model, norms):
     """A copy of the model with taps around these very layers, and their recorder."""
     norms, recorder = set(norms), calibration.Recorder()
-    copy, clones = _clone(
+    copy, clones = graph.clone(
         model,
-        lambda layer: calibration.Tap(layer, recorder) if layer in norms else _copy(layer),
+        lambda layer: (
+            calibration.Tap(layer, recorder) if layer in norms else graph.copy_layer(layer)
+        ),
     )
     for layer, clone in clones.items():
         if layer not in norms:
-            _copy_weights(layer, clone)
+            graph.copy_weights(layer, clone)
     return copy, recorder
 
 
@@ -406,9 +337,7 @@ def _is_relu(layer):
     if type(layer) is keras.layers.ReLU:
         config = layer.get_config()
         return (
-            config["max_value"] is None
-            and not config["negative_slope"]
-            and not config["threshold"]
+            config["max_value"] is None and not config["negative_slope"] and not config["threshold"]
         )
     return type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
 
@@ -430,16 +359,17 @@ def _positions(layer):
 
 
 def _check_model(model):
-    if not isinstance(model, keras.Model) or not _is_graph(model):
+    if not isinstance(model, keras.Model) or not graph.is_graph(model):
         raise ValueError(
-            "`model` must be a functional or Sequential model, whose graph of layers can be rewritten. Received: "
-            f"model={model!r} of class {type(model).__name__}. Make a subclassed model functional first: "
-            "`inputs = keras.Input(shape); functional = keras.Model(inputs, model.call(inputs))`."
+            "`model` must be a functional or Sequential model, whose graph of layers can be "
+            f"rewritten. Received: model={model!r} of class {type(model).__name__}. Make a "
+            "subclassed model functional first: `inputs = keras.Input(shape); functional = "
+            "keras.Model(inputs, model.call(inputs))`."
         )
     if not model.built or not model.inputs:
         raise ValueError(
-            f"`model` must be built. Received: model={model.name!r}, which has no weights yet. Call it on data, or begin it "
-            "with `keras.Input`."
+            f"`model` must be built. Received: model={model.name!r}, which has no weights yet. "
+            "Call it on data, or begin it with `keras.Input`."
         )
 
 
@@ -450,16 +380,22 @@ def _check_arguments(epsilon_ratio, learned_epsilon, batch_size):
         or not 0 <= epsilon_ratio < math.inf
     ):
         raise ValueError(
-            f"`epsilon_ratio` must be a finite number of 0 or more. Received: epsilon_ratio={epsilon_ratio!r}. 3 is the default, "
-            "0 is FRN with the epsilon of the paper."
+            "`epsilon_ratio` must be a finite number of 0 or more. Received: "
+            f"epsilon_ratio={epsilon_ratio!r}. 3 is the default, 0 is FRN with the epsilon of the "
+            "paper."
         )
     if learned_epsilon not in ("per_channel", False):
         raise ValueError(
-            f"`learned_epsilon` must be 'per_channel' or False. Received: learned_epsilon={learned_epsilon!r}. One epsilon "
-            "per layer cannot follow the mean square of each channel."
+            "`learned_epsilon` must be 'per_channel' or False. Received: "
+            f"learned_epsilon={learned_epsilon!r}. One epsilon per layer cannot follow the mean "
+            "square of each channel."
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+    if (
+        isinstance(batch_size, bool)
+        or not isinstance(batch_size, numbers.Integral)
+        or batch_size < 1
+    ):
         raise ValueError(
-            f"`batch_size` must be an int of 1 or more. Received: batch_size={batch_size!r}. It bounds the memory and does not "
-            "change the result."
+            f"`batch_size` must be an int of 1 or more. Received: batch_size={batch_size!r}. It "
+            "bounds the memory and does not change the result."
         )

@@ -36,13 +36,13 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
     Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
 
     Args:
-        input_shape: `(*spatial, channels)`, with one, two or three spatial sizes, None where unknown.
-            Defaults to (224, 224, 3).
+        input_shape: `(*spatial, channels)`, with one, two or three spatial sizes, None where
+            unknown. Defaults to (224, 224, 3).
         classes: Number of logits. Defaults to 1000.
         depth: 18, 34, 50, 101 or 152. Defaults to 50.
         width: Channels of the first stage. Defaults to 64.
-        learned_epsilon: As in `FilterResponseNormalization`; use True where the last maps are of one
-            position, 1/32 of the input. Defaults to False.
+        learned_epsilon: As in `FilterResponseNormalization`; use True where the last maps are of
+            one position, 1/32 of the input. Defaults to False.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -52,16 +52,19 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
     >>> model = keras_frn.models.resnet((100, 6), classes=4, depth=18, width=16)  # a 1D network
 
     Reference: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016,
-    https://arxiv.org/abs/1603.05027; Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    https://arxiv.org/abs/1603.05027; Singh & Krishnan, CVPR 2020,
+    https://arxiv.org/abs/1911.09737."""
     input_shape = tuple(input_shape)
     if len(input_shape) - 1 not in _RANKS or input_shape[-1] is None:
         raise ValueError(
-            "`input_shape` must be one to three spatial sizes and the number of channels. Received: "
-            f"input_shape={input_shape}. A series of 100 steps with 6 channels is (100, 6)."
+            "`input_shape` must be one to three spatial sizes and the number of channels. "
+            f"Received: input_shape={input_shape}. A series of 100 steps with 6 channels is "
+            "(100, 6)."
         )
     if depth not in _BLOCKS:
         raise ValueError(
-            f"`depth` must be one of {sorted(_BLOCKS)}. Received: depth={depth}. 18 is the smallest."
+            f"`depth` must be one of {sorted(_BLOCKS)}. Received: depth={depth}. 18 is the "
+            "smallest."
         )
     _check_positive(classes=classes, width=width)
     conv_layer, pool_layer, mean_layer = _RANKS[len(input_shape) - 1]
@@ -113,10 +116,10 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
     ```
 
     Three stages of `(depth - 2) / 6` blocks with 16, 32 and 64 channels, convolutions with bias, a
-    projection where a stage begins, the mean over all positions, logits. As in its source, every FRN
-    has its TLU, and `activation` follows. With `activation="tlu"` nothing follows, no TLU stands in
-    front of the addition, and a TLU stands behind it: FRN and TLU in place of BatchNormalization and
-    ReLU. 274,042 parameters at the defaults.
+    projection where a stage begins, the mean over all positions, logits. As in its source, every
+    FRN has its TLU, and `activation` follows. With `activation="tlu"` nothing follows, no TLU
+    stands in front of the addition, and a TLU stands behind it: FRN and TLU in place of
+    BatchNormalization and ReLU. 274,042 parameters at the defaults.
 
     Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
 
@@ -125,8 +128,8 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
         classes: Number of logits. Defaults to 10.
         depth: 6 n + 2. Defaults to 20.
         width: Channels of the first stage. Defaults to 16.
-        activation: `"swish"`, `"tlu"`, or any other that `keras.layers.Activation` takes. Defaults to
-            `"swish"`.
+        activation: `"swish"`, `"tlu"`, or any other that `keras.layers.Activation` takes. Defaults
+            to `"swish"`.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -135,11 +138,17 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
 
     >>> model = keras_frn.models.resnet_cifar()
 
-    Reference: Izmailov et al., "What Are Bayesian Neural Network Posteriors Really Like?", ICML 2021,
-    https://arxiv.org/abs/2104.14421."""
-    if isinstance(depth, bool) or not isinstance(depth, numbers.Integral) or depth < 8 or (depth - 2) % 6:
+    Reference: Izmailov et al., "What Are Bayesian Neural Network Posteriors Really Like?", ICML
+    2021, https://arxiv.org/abs/2104.14421."""
+    if (
+        isinstance(depth, bool)
+        or not isinstance(depth, numbers.Integral)
+        or depth < 8
+        or (depth - 2) % 6
+    ):
         raise ValueError(
-            f"`depth` must be 6 n + 2. Received: depth={depth}. Common depths are 20, 32, 44 and 56."
+            f"`depth` must be 6 n + 2. Received: depth={depth}. Common depths "
+            "are 20, 32, 44 and 56."
         )
     _check_positive(classes=classes, width=width)
     only_tlu = activation == "tlu"
@@ -179,5 +188,6 @@ def _check_positive(**arguments):
     for name, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(
-                f"`{name}` must be an int of 1 or more. Received: {name}={value!r}. Pass a positive int."
+                f"`{name}` must be an int of 1 or more. Received: {name}={value!r}. Pass a "
+                "positive int."
             )

@@ -3,14 +3,14 @@ import json
 import keras
 import numpy as np
 import pytest
-from reference import close
 from keras import layers
+from reference import close
 
 from keras_frn.conversion import replace_batch_normalization
 from keras_frn.layers import TLU, FilterResponseNormalization
 
-# With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever the structure,
-# the converted model must then give what the original gives.
+# With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever
+# the structure, the converted model must then give what the original gives.
 FIXED_SCALE = 1e8
 # A sum of float32 terms in another order, through the few layers of these models.
 ROUNDING = 2e-4
@@ -128,6 +128,13 @@ def _rank_5():
     )
 
 
+def _functions():
+    inputs = keras.Input(batch_shape=(5, 4, 4, 2), name="fixed")
+    x = layers.Lambda(lambda t: np.float32(2) * t)(inputs)
+    a, b = keras.ops.split(layers.BatchNormalization()(x), 2, axis=-1)
+    return keras.Model(inputs, [a + 1.0, layers.BatchNormalization()(b)])
+
+
 BUILDERS = [
     _residual,
     _concatenated,
@@ -137,6 +144,7 @@ BUILDERS = [
     _dense,
     _channels_first,
     _rank_5,
+    _functions,
 ]
 
 
@@ -185,7 +193,8 @@ def test_closed_form_is_exact_for_a_sample_of_typical_energy(ratio, scale, cente
     )
     bn = _trained(model, rng).layers[0]
     mean, variance = np.asarray(bn.moving_mean), np.asarray(bn.moving_variance)
-    # Half of the positions one standard deviation above the mean, half below: nu2 = mean^2 + variance.
+    # Half of the positions one standard deviation above the mean, half below:
+    # nu2 = mean^2 + variance.
     x = mean + np.sqrt(variance) * np.tile([1.0, -1.0], 4)[:, None]
     x = (x if axis == -1 else x.T)[None].astype("float32")
     # float32; epsilon 1e-6 beside a mean square of 0.3 or more.
@@ -360,7 +369,9 @@ class _Subclassed(keras.Model):
 def test_a_subclassed_model_is_refused_with_a_way_out(rng):
     model = _Subclassed()
     model(np.ones((1, 3), "float32"))
-    with pytest.raises(ValueError, match=r"`model` must be .*Received: .*mine.*_Subclassed.*model\.call"):
+    with pytest.raises(
+        ValueError, match=r"`model` must be .*Received: .*mine.*_Subclassed.*model\.call"
+    ):
         _convert(model)
     inputs = keras.Input((3,))
     converted = _convert(keras.Model(inputs, model.call(inputs)))
