@@ -1,8 +1,54 @@
 """Filter Response Normalization (FRN) and the Thresholded Linear Unit (TLU) for Keras 3."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 from . import ops
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
+if TYPE_CHECKING:
+    from . import models
+    from .addons import load_addons_model, load_addons_weights
+    from .conversion import ConversionReport, replace_batch_normalization
+    from .export import ExportReport, export_tflite
+    from .schedule import EpsilonSchedule
+
 __version__ = "0.1.0"
 
-__all__ = ["TLU", "FilterResponseNormalization", "FilterResponseNormalizationTLU", "ops"]
+__all__ = [
+    "TLU",
+    "ConversionReport",
+    "EpsilonSchedule",
+    "ExportReport",
+    "FilterResponseNormalization",
+    "FilterResponseNormalizationTLU",
+    "export_tflite",
+    "load_addons_model",
+    "load_addons_weights",
+    "models",
+    "ops",
+    "replace_batch_normalization",
+]
+
+# The layers are there at once, so that files open; tools load when they are first used.
+_HOMES = {
+    "ConversionReport": "conversion",
+    "EpsilonSchedule": "schedule",
+    "ExportReport": "export",
+    "export_tflite": "export",
+    "load_addons_model": "addons",
+    "load_addons_weights": "addons",
+    "replace_batch_normalization": "conversion",
+}
+
+
+def __getattr__(name):
+    if name == "models":
+        return importlib.import_module(".models", __name__)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

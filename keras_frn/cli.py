@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 
 
 def main(argv=None):
@@ -22,16 +23,57 @@ def _parser():
         prog="keras-frn", description="Filter Response Normalization for Keras 3."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    demo = commands.add_parser(
-        "demo", help="train, save, reload, export and compare on real digits"
-    )
+
+    def add(function, name, help, **positional):
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=function)
+        for argument, text in positional.items():
+            command.add_argument(argument, help=text)
+        return command
+
+    demo = add(_demo, "demo", "train, save, reload, export and compare on real digits")
     demo.add_argument(
         "--output", default="keras-frn-demo", metavar="DIR", help="new or empty folder"
     )
-    demo.set_defaults(run=_demo)
-    inspect = commands.add_parser("inspect", help="list a model's FRN and TLU layers and weights")
-    inspect.add_argument("model", help=".keras or .h5 file")
-    inspect.set_defaults(run=_inspect)
+
+    add(_inspect, "inspect", "list a model's FRN and TLU layers and weights", model=".keras or .h5")
+
+    export = add(
+        _export,
+        "export",
+        "write a LiteRT file and compare it with the model",
+        model=".keras or .h5",
+        output=".tflite to write",
+    )
+    export.add_argument(
+        "--quantization",
+        choices=["float16", "dynamic", "int8", "int8_float_statistics", "int16x8"],
+        help="default: float32",
+    )
+    export.add_argument("--calibration", metavar="NPY", help="inputs like those at inference")
+    export.add_argument("--integer-io", action="store_true", help="integer inputs and outputs")
+
+    convert = add(
+        _convert,
+        "convert",
+        "turn a trained BatchNormalization model into an FRN model",
+        model=".keras or .h5",
+        output=".keras to write",
+    )
+    convert.add_argument("--calibration", metavar="NPY", help="inputs, some hundreds, no labels")
+    convert.add_argument(
+        "--epsilon-ratio", type=float, default=3.0, help="epsilon / mean square (default 3)"
+    )
+
+    migrate = add(
+        _migrate,
+        "migrate",
+        "open a model that TensorFlow Addons saved and write it for Keras 3",
+        model=".h5, .keras, SavedModel folder, .zip of one, or .json config",
+        output=".keras to write",
+    )
+    migrate.add_argument("--weights", metavar="FILE", help="weights or checkpoint for a config")
+    migrate.add_argument("--check", metavar="NPY", help="print the outputs for these inputs")
     return parser
 
 
@@ -46,7 +88,7 @@ def _inspect(arguments):
 
     from .layers import TLU, FilterResponseNormalization
 
-    model = keras.models.load_model(arguments.model, compile=False)
+    model = _load(arguments.model)
     layers = [
         layer
         for layer in model._flatten_layers(include_self=False)
@@ -58,6 +100,72 @@ def _inspect(arguments):
         for weight in layer.weights:
             values = keras.ops.convert_to_numpy(weight)
             print(
-                f"  {weight.name:16}{str(values.shape):16}"
+                f"  {weight.name:16}{values.shape!s:16}"
                 f"min {values.min():9.4g}  mean {values.mean():9.4g}  max {values.max():9.4g}"
             )
+
+
+def _export(arguments):
+    from .export import export_tflite
+
+    report = export_tflite(
+        _load(arguments.model),
+        arguments.output,
+        quantization=arguments.quantization,
+        calibration_data=_array(arguments.calibration),
+        integer_io=arguments.integer_io,
+        verbose=True,
+    )
+    print(report)
+
+
+def _convert(arguments):
+    from .conversion import replace_batch_normalization
+
+    output = _new_keras_file(arguments.output)
+    model, report = replace_batch_normalization(
+        _load(arguments.model),
+        _array(arguments.calibration),
+        epsilon_ratio=arguments.epsilon_ratio,
+        return_report=True,
+    )
+    print(report)
+    temporary = output.with_name(f".{output.stem}.{os.getpid()}.keras")
+    try:
+        model.save(temporary)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {output}")
+
+
+def _migrate(arguments):
+    from .addons import migrate
+
+    inputs = _array(arguments.check)
+    model, found = migrate(arguments.model, arguments.output, weights=arguments.weights)
+    print("\n".join(found))
+    if inputs is not None:
+        print(model.predict(inputs, verbose=0))
+    print(f"wrote {arguments.output}")
+
+
+def _load(path):
+    import keras
+
+    return keras.models.load_model(path, compile=False)
+
+
+def _array(path):
+    """The array in a .npy file, read as it is used; never a pickle."""
+    import numpy as np
+
+    return None if path is None else np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _new_keras_file(path):
+    if not path.endswith(".keras"):
+        raise ValueError(
+            f"`output` must end in .keras. Received: output={path!r}. Call it frn.keras."
+        )
+    return Path(path)

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-
-import numpy as np
 import pytest
 from backends import BACKEND
 
@@ -48,22 +44,3 @@ def test_digits_are_held_out():
     assert 0 <= x.min() < x.max() == 1
     assert set(y) == set(y_test) == set(range(10))
     assert not {a.tobytes() for a in x} & {a.tobytes() for a in x_test}
-
-
-def test_inspect(tmp_path, capsys):
-    model = demo.build_model()
-    model.layers[1].tau.assign(np.full(16, -0.25, "float32"))
-    model.save(tmp_path / "m.keras")
-    assert cli.main(["inspect", str(tmp_path / "m.keras")]) == 0
-    printed = capsys.readouterr().out
-    assert "3 FRN and TLU layers" in printed
-    assert "-0.25" in printed
-    assert cli.main(["inspect", str(tmp_path / "none.keras")]) == 2
-
-
-def test_the_command_is_installed():
-    result = subprocess.run(
-        [sys.executable, "-m", "keras_frn", "--help"], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 0
-    assert "demo" in result.stdout

@@ -16,9 +16,9 @@ HEAVY = {"tensorflow", "jax", "torch", "sklearn", "matplotlib", "ai_edge_litert"
 
 
 def test_public_names():
-    assert sorted(keras_frn.__all__) == sorted(
-        name for name in vars(keras_frn) if name in keras_frn.__all__
-    )
+    assert set(keras_frn.__all__) <= set(dir(keras_frn))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        keras_frn.nothing  # noqa: B018
     for name in keras_frn.__all__:
         value = getattr(keras_frn, name)
         if not inspect.ismodule(value):
@@ -93,7 +93,8 @@ def test_import_loads_no_other_backend_and_is_quick():
     seconds, *modules = output.stdout.split()
     assert "keras_frn.layers" in modules
     assert not {m.split(".")[0] for m in modules} & HEAVY
-    # Some 5 ms in a quiet process; the bound only catches an import that does not belong.
+    assert "keras_frn.export" not in modules, "tools load when they are used"
+    # A few milliseconds on a quiet machine; the bound catches an import that does not belong.
     assert float(seconds) < 0.25
 
 
