@@ -70,6 +70,8 @@ def _mobile():
     x = inputs = keras.Input((8, 8, 3))
     x = layers.ReLU(6.0, name="relu6")(layers.BatchNormalization()(layers.Conv2D(4, 3)(x)))
     x = layers.Activation("swish", name="swish")(layers.BatchNormalization()(x))
+    y = layers.Conv2D(4, 3, padding="same")(x)
+    x = layers.Add()([y, layers.BatchNormalization()(y)])  # y itself must keep its mean
     gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
     gate = layers.Conv2D(4, 1, activation="sigmoid")(gate)
     return keras.Model(inputs, layers.Multiply()([x, gate]))
@@ -210,6 +212,15 @@ def test_epsilon_is_in_proportion_to_the_mean_square(learned, rng):
     actual = np.asarray(frn.learned_epsilon) + frn.epsilon if learned else frn.epsilon
     np.testing.assert_allclose(actual, expected + 1e-6, rtol=1e-5)
     assert len(frn.weights) == (3 if learned else 2)
+
+
+def test_a_single_position_is_never_forced_to_unit_energy(rng):
+    model = _trained(_dense(), rng)
+    x = rng.normal(size=(30, 6)).astype("float32")
+    for converted in (_convert(model, epsilon_ratio=0.0), _convert(model, x, epsilon_ratio=0.0)):
+        y = np.abs(converted.get_layer("first")(x) - converted.get_layer("first").beta)
+        # With a small epsilon all would be equal.
+        assert (y.max(0) > 3 * y.min(0)).all()
 
 
 @pytest.mark.parametrize("restore_biases", [False, True], ids=["", "biases"])
