@@ -234,8 +234,8 @@ def hostile(folder):
     def with_config(value):
         return rezip(keras, lambda n, d: json.dumps(value).encode() if n == "config.json" else d)
 
-    files["zip bomb"] = rezip(keras, lambda n, d: bytes(2**30) if n == "config.json" else d)
-    files["zip bomb of weights"] = rezip(saved, lambda n, d: bytes(2**30) if ".data-" in n else d)
+    files["zip bomb"] = rezip(keras, lambda n, d: bytes(2**28) if n == "config.json" else d)
+    files["zip bomb of weights"] = rezip(saved, lambda n, d: bytes(2**28) if ".data-" in n else d)
     files["deep json.json"] = b'{"a":' * 200_000
     files["deep brackets"] = rezip(keras, lambda n, d: b"[" * 10**6 if n == "config.json" else d)
     traversal = io.BytesIO(saved)

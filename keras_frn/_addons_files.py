@@ -1,25 +1,23 @@
 """What the files of Keras 2 hold: a config, arrays, and the tree that says which array is whose.
 
-Reading is JSON, HDF5, zip and protocol buffers. Nothing is unpickled, imported by
-name or run, no link leads out of the file, and no array is read that is out of proportion to it.
+Reading is JSON, HDF5, zip and protocol buffers. Nothing is unpickled, imported by name or run, no
+link leads out of the file, and nothing is read that is out of proportion to its size.
 """
 
 import contextlib
-import io
 import json
 import os
 import re
 import tempfile
 import zipfile
 
-import h5py
 import numpy as np
 
+from . import _addons_hdf5 as hdf5
 from ._addons_checkpoint import Checkpoint, fields, protobuf
 
 # A compressed file may grow this much. Trained weights hardly compress; zeros compress without end.
 _GROWTH, _FREE = 100, 2**26
-_MAX_DEPTH = 64
 _CONTAINERS = ("layers", "_layer_checkpoint_dependencies")
 _REMEDY = "Pass a complete file that TensorFlow 2.8 to 2.15 saved."
 
@@ -82,7 +80,7 @@ def _open(path, stack):
     with open(path, "rb") as file:
         start = file.read(8)
     if start == b"\x89HDF\r\n\x1a\n":
-        return _hdf5(path, budget, stack)
+        return _hdf5(path, budget)
     if start[:2] == b"PK":
         return _zip(path, budget, stack)
     if path.endswith(".index"):
@@ -106,25 +104,26 @@ def _json(data):
 # HDF5
 
 
-def _hdf5(file, budget, stack, **found):
-    root = stack.enter_context(h5py.File(file, "r"))
-    group, optimizer, kind = root, None, "HDF5 weights"
-    if "model_config" in root.attrs or "model_weights" in root:
-        kind = "HDF5 model"
-        group = _member(root, "model_weights")
-        if "model_config" in root.attrs:
-            found["config"] = _json(_text(root.attrs["model_config"]))
-        if "training_config" in root.attrs:
-            found["training"] = _json(_text(root.attrs["training_config"]))
-        if "optimizer_weights" in root:
-            optimizer = _member(root, "optimizer_weights")
+def _hdf5(file, budget, **found):
+    root = hdf5.read(file, budget.left)
+    budget.spend(sum(array.nbytes for array in root.arrays()), "it")
+    group, optimizer, kind = root, None, "file of weights"
+    if "model_config" in root.attrs or root.get("model_weights") is not None:
+        kind, group, optimizer = (
+            "model",
+            _group(root, "model_weights"),
+            root.get("optimizer_weights"),
+        )
+        for name, attribute in (("config", "model_config"), ("training", "training_config")):
+            if attribute in root.attrs:
+                found[name] = _json(root.attrs[attribute])
     if "layer_names" in group.attrs or "layer_names0" in group.attrs:
-        weights = _flat(group, optimizer, budget)
-        found["keras_version"] = _text(group.attrs.get("keras_version", "unknown"))
+        weights = _flat(group, optimizer)
+        found["keras_version"] = str(group.attrs.get("keras_version", "unknown"))
         if "config" in found:
             _check_version(found["keras_version"])
-    elif any(name in group for name in _CONTAINERS):
-        kind, weights = "Keras v3 weights", TreeWeights(GroupNode(group, budget))
+    elif any(group.get(name) is not None for name in _CONTAINERS):
+        weights = TreeWeights(GroupNode(group))
     else:
         raise ValueError("it is an HDF5 file without the layer names that Keras writes")
     return Saved(kind, weights=weights, **found)
@@ -135,40 +134,20 @@ def _check_version(version):
         raise ValueError(f"Keras {version} saved it: open it with keras.saving.load_model")
 
 
-def _text(value):
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
 def _names(group, attribute):
     """A list of names, which Keras splits over several attributes where it is long."""
-    if attribute in group.attrs:
-        chunks = [group.attrs[attribute]]
-    else:
-        chunks = []
-        while f"{attribute}{len(chunks)}" in group.attrs:
-            chunks.append(group.attrs[f"{attribute}{len(chunks)}"])
-    return [_text(name) for chunk in chunks for name in np.ravel(chunk)]
+    names, count = list(group.attrs.get(attribute, ())), 0
+    while f"{attribute}{count}" in group.attrs:
+        names += group.attrs[f"{attribute}{count}"]
+        count += 1
+    return names
 
 
-def _member(group, name):
-    """A member of a group, itself in this file: a link could name any file of the machine."""
-    for part in [p for p in name.split("/") if p]:
-        if not isinstance(group, h5py.Group) or part not in group:
-            raise ValueError(f"it has no {name!r}")
-        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise ValueError(f"{name!r} is a link, not data")
-        group = group[part]
-    return group
-
-
-def _array(group, name, budget):
-    data = _member(group, name)
-    if not isinstance(data, h5py.Dataset) or data.dtype.kind not in "biuf" or data.shape is None:
-        raise ValueError(f"{name!r} is not an array of numbers")
-    if data.external or data.is_virtual:
-        raise ValueError(f"{name!r} keeps its data in another file")
-    budget.spend(data.size * data.dtype.itemsize, repr(name))
-    return data[()]
+def _group(group, name):
+    found = group.get(name)
+    if not isinstance(found, hdf5.Group):
+        raise ValueError(f"it has no group {name!r}")
+    return found
 
 
 class FlatWeights:
@@ -186,15 +165,19 @@ class FlatWeights:
         return sum(array.size for _, arrays in self.groups for _, array in arrays)
 
 
-def _flat(group, optimizer, budget):
+def _flat(group, optimizer):
     def arrays(group):
-        names = _names(group, "weight_names")
-        return [(name, _array(group, name, budget)) for name in names]
+        found = [(name, group.get(name)) for name in _names(group, "weight_names")]
+        missing = [name for name, array in found if not isinstance(array, np.ndarray)]
+        if missing:
+            raise ValueError(f"it has no array {missing[0]!r}")
+        return found
 
-    groups = [(n, arrays(_member(group, n))) for n in _names(group, "layer_names")]
-    if "top_level_model_weights" in group and arrays(_member(group, "top_level_model_weights")):
+    groups = [(name, arrays(_group(group, name))) for name in _names(group, "layer_names")]
+    own = group.get("top_level_model_weights")
+    if own is not None and arrays(own):
         raise ValueError("its outermost model has weights of its own, outside its layers")
-    state = None if optimizer is None else _state([a for _, a in arrays(optimizer)])
+    state = None if optimizer is None else _state([array for _, array in arrays(optimizer)])
     return FlatWeights(groups, state)
 
 
@@ -222,7 +205,7 @@ def _zip(path, budget, stack):
         if "metadata.json" in members:
             found["keras_version"] = str(_json(read("metadata.json")).get("keras_version"))
             _check_version(found["keras_version"])
-        saved = _hdf5(io.BytesIO(read("model.weights.h5")), budget, stack, **found)
+        saved = _hdf5(read("model.weights.h5"), budget, **found)
         saved.kind = ".keras file"
         return saved
     roots = [name[: -len("saved_model.pb")] for name in members if name.endswith("saved_model.pb")]
@@ -310,16 +293,13 @@ class GroupNode:
 
     named = False
 
-    def __init__(self, group, budget, depth=0):
-        if depth > _MAX_DEPTH:
-            raise ValueError("its groups are nested too deep")
-        self._group, self._budget, self._depth = group, budget, depth
+    def __init__(self, group):
+        self._group = group
 
     def child(self, name):
         """The object in this attribute, or None."""
-        if name not in self._group:
-            return None
-        return GroupNode(_member(self._group, name), self._budget, self._depth + 1)
+        found = self._group.members.get(name)
+        return GroupNode(found) if isinstance(found, hdf5.Group) else None
 
     def layers(self, classes):
         """The layers inside, in the order of `classes`, which has the class name of each."""
@@ -329,7 +309,7 @@ class GroupNode:
     def items(self, classes):
         """The objects of a list. A group is named by its class and counted, sometimes twice."""
         groups = {}
-        for name in self._group:
+        for name in self._group.members:
             base, number = re.fullmatch(r"(.*?)(?:_(\d+))?", name, re.S).groups()
             groups.setdefault(base, []).append((int(number or 0), name))
         queues = {base: iter(sorted(found)) for base, found in groups.items()}
@@ -342,10 +322,11 @@ class GroupNode:
     def arrays(self):
         """The object's own arrays, in order: (name or None, key, array)."""
         values = self.child("vars")
-        if values is None:
-            return []
-        count = len(values._group)
-        return [(None, None, _array(values._group, str(i), self._budget)) for i in range(count)]
+        found = [] if values is None else values._group.members
+        arrays = [found.get(str(i)) for i in range(len(found))]
+        if not all(isinstance(array, np.ndarray) for array in arrays):
+            raise ValueError("its variables are not numbered")
+        return [(None, None, array) for array in arrays]
 
     def optimizer(self):
         """The optimizer's arrays in order of creation, or None."""
@@ -353,21 +334,8 @@ class GroupNode:
         return None if node is None else _state([array for _, _, array in node.arrays()])
 
     def elements(self):
-        """How many numbers are stored below, at most what the file has room for."""
-        total, seen, todo = 0, set(), [self._group]
-        while todo:
-            group = todo.pop()
-            address = h5py.h5o.get_info(group.id).addr
-            if address in seen:
-                continue
-            seen.add(address)
-            for name in group:
-                member = _member(group, name)
-                if isinstance(member, h5py.Group):
-                    todo.append(member)
-                elif isinstance(member, h5py.Dataset) and member.dtype.kind in "biuf":
-                    total += member.size or 0
-        return min(total, self._budget.left)
+        """How many numbers are stored below."""
+        return sum(array.size for array in self._group.arrays())
 
 
 def _snake_case(name):

@@ -64,15 +64,14 @@ def expected_of(case):
     return io, all_of("x"), all_of("y"), all_of("gx")
 
 
-def flat(y):
-    return ops.concatenate(
-        [ops.reshape(ops.cast(v, "float64"), (-1,)) for v in keras.tree.flatten(y)]
-    )
+def flat(y, dtype):
+    parts = keras.tree.flatten(y)
+    return ops.concatenate([ops.reshape(ops.cast(v, dtype), (-1,)) for v in parts])
 
 
 def tolerance_of(folder):
-    if folder == "float64":
-        return 1e-12
+    if folder == "float64":  # which Keras' own pooling rounds to float32 under PyTorch
+        return 2e-7 if BACKEND == "torch" else 1e-12
     # float16 has 11 bits: 5e-4 of the largest number, and some roundings in a row.
     return 2e-3 if folder in ("mixed_float16", "half") else 2e-5
 
@@ -85,14 +84,15 @@ def test_outputs_gradients_losses_and_names_are_those_of_addons(case):
     io, xs, ys, gxs = expected_of(case)
     with float64_enabled() if folder == "float64" else contextlib.nullcontext():
         model = load(case)
-        expected = np.concatenate([np.ravel(y) for y in ys]).astype("float64")
+        dtype = "float64" if folder == "float64" else "float32"
+        expected = np.concatenate([np.ravel(y) for y in ys]).astype(dtype)
 
         def call(**arrays):
             inputs = list(arrays.values())
-            return flat(model(inputs[0] if len(inputs) == 1 else inputs))
+            return flat(model(inputs[0] if len(inputs) == 1 else inputs), dtype)
 
         arrays = {f"x{i}": x for i, x in enumerate(xs)}
-        y, found = gradients(call, arrays, (2.0 * expected))
+        y, found = gradients(call, arrays, 2 * expected)
         close(y, expected, tolerance_of(folder))
         for gradient, given in zip(found.values(), gxs, strict=True):
             close(gradient, given, tolerance_of(folder))
@@ -440,7 +440,7 @@ def test_hostile_files_are_refused(fuzz, tmp_path, temporary):
     for name, message in messages.items():
         assert message, name
         assert "Received: " in message
-    assert "claims 1073741824 bytes" in messages["zip bomb"]
+    assert "claims 268435456 bytes" in messages["zip bomb"]
     assert "larger weights than the file" in messages["wide layer"]
     assert "larger weights than the file" in messages["huge statistics"]
     assert "too deep" in messages["deep brackets"]
@@ -451,9 +451,9 @@ def test_hostile_files_are_refused(fuzz, tmp_path, temporary):
 def test_damaged_files_load_or_raise_value_error(fuzz, tmp_path, temporary):
     folder = tmp_path / "mutated"
     folder.mkdir()
-    outcomes = [attempt(path) for _, _, path in fuzz.mutated(folder, 150, seed=11)]
-    assert len(outcomes) == 150
-    assert 50 < sum(message is not None for message in outcomes) < 150
+    outcomes = [attempt(path) for _, _, path in fuzz.mutated(folder, 80, seed=11)]
+    assert len(outcomes) == 80
+    assert 20 < sum(message is not None for message in outcomes) < 80
 
 
 @pytest.mark.parametrize(
@@ -499,6 +499,13 @@ def test_links_out_of_an_h5_file_are_refused(tmp_path):
             way(file, name)
         with pytest.raises(ValueError, match=words):
             load_addons_model(path)
+
+
+def test_a_file_that_sends_the_hdf5_library_in_circles_comes_to_an_end(tmp_path, monkeypatch):
+    """Its strings are in a heap that one changed byte makes endless."""
+    monkeypatch.setattr("keras_frn._addons_hdf5._TIMEOUT_S", 3)
+    with pytest.raises(ValueError, match="does not come to an end in 3 s"):
+        load_addons_model(MODELS / "endless.h5")
 
 
 def test_code_in_a_file_does_not_run(tmp_path):
