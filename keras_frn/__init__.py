@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import ops
+from . import legacy, ops  # noqa: F401  (legacy registers what migrated files need)
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ __all__ = [
     "replace_batch_normalization",
 ]
 
-# The layers are there at once, so that files open; tools load when they are first used.
+# What files need is there at once; tools load when they are first used.
 _HOMES = {
     "ConversionReport": "conversion",
     "EpsilonSchedule": "schedule",

@@ -17,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from .layers import TLU, FilterResponseNormalization
+from .legacy import hard_sigmoid_of_keras2
 
 # The layers of Keras 2 that compute the same in Keras 3 from the same weights.
 _LAYERS = frozenset(
@@ -126,12 +127,6 @@ def walk(layer, seen=None):
             for child in value if isinstance(value, list) else [value]:
                 walk(child, seen)
     return list(seen.values())
-
-
-@keras.saving.register_keras_serializable(package="keras_frn")
-def hard_sigmoid_of_keras2(x):
-    """`clip(0.2 * x + 0.5, 0, 1)`. In Keras 3 the slope of `hard_sigmoid` is 1/6."""
-    return ops.clip(0.2 * x + 0.5, 0.0, 1.0)
 
 
 # Wrappers copy their layer by way of its config, so this has to be registered.

@@ -126,3 +126,22 @@ def test_registered_names():
         name = f"keras_frn>{cls.__name__}"
         assert keras.saving.get_registered_name(cls) == name
         assert keras.saving.get_registered_object(name) is cls
+
+
+def test_what_migrated_files_need_is_registered_at_once(tmp_path):
+    """The activation of Keras 2 that Keras 3 changed, in a process that only imports keras_frn."""
+    from keras_frn.legacy import hard_sigmoid_of_keras2
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Activation(hard_sigmoid_of_keras2)])
+    model.save(tmp_path / "m.keras")
+    code = (
+        "import sys, keras_frn, keras; print(keras.models.load_model(sys.argv[1])([[1.0, 5, -5]]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m.keras"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "0.7" in result.stdout  # 0.6667 with the slope of Keras 3
