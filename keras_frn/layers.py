@@ -141,7 +141,7 @@ class FilterResponseNormalization(keras.layers.Layer):
         if self.use_learned_epsilon:
             dtype = _statistics_dtype(self)
             learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
-            # The schedule of a learned epsilon reaches a traced program, as this one is not an option.
+            # An array: a schedule that assigns the weight reaches a traced program.
             arrays["epsilon"] = learned + ops.convert_to_tensor(
                 np.asarray(options.pop("epsilon"), dtype)
             )

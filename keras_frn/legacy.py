@@ -1,4 +1,4 @@
-"""What files from Keras 2 mean and Keras 3 does not have; loaded at once, so that they open again."""
+"""What files of Keras 2 mean and Keras 3 has not; imported at once, so that they open."""
 
 import keras
 from keras import ops

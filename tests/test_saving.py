@@ -135,7 +135,8 @@ def test_what_migrated_files_need_is_registered_at_once(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Activation(hard_sigmoid_of_keras2)])
     model.save(tmp_path / "m.keras")
     code = (
-        "import sys, keras_frn, keras; print(keras.models.load_model(sys.argv[1])([[1.0, 5, -5]]))"
+        "import sys, keras_frn, keras, numpy; model = keras.models.load_model(sys.argv[1]); "
+        "print(model.predict(numpy.array([[1.0, 5, -5]]), verbose=0))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "m.keras"],
