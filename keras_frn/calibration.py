@@ -23,6 +23,9 @@ class Recorder:
         """Runs the model over the data; with `only`, records this layer and stops each pass after
         so many calls of it."""
         self.rows.clear()
+        # Models from older files name their one input in a list, and Keras warns of an array.
+        if isinstance(model, keras.Function) and isinstance(model.input, list):
+            data = data if isinstance(data, (list, tuple)) else [data]
         for start in range(0, sample_count(data), batch_size):
             self._only, self._calls_left = only, calls
             with contextlib.suppress(_Reached):

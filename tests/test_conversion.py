@@ -265,6 +265,17 @@ def test_calibration_follows_shared_layers_and_several_inputs(rng):
         close(actual, expected, 1e-3)  # a variance is a difference of float32 means
 
 
+def test_calibration_takes_an_array_for_an_input_in_a_list(rng):
+    model = _residual()
+    model = keras.Model(model.inputs, model.output)
+    assert isinstance(model.input, list)
+    x = rng.normal(size=(4, 8, 8, 3)).astype("float32")
+    for actual, expected in zip(
+        _convert(model, x).get_weights(), _convert(model, [x]).get_weights()
+    ):
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_calibration_reads_a_batch_at_a_time(rng, tmp_path):
     np.save(tmp_path / "x.npy", rng.normal(size=(10, 6)).astype("float32"))
     read = []
