@@ -2,9 +2,8 @@
 
     python saved_models/build_digits.py
 
-Later versions of the package must open these files and give the golden outputs, so rebuild them only
-to add a format, and keep the old ones.
-"""
+Later versions of the package must open these files and give the golden outputs, so rebuild them
+only to add a format, and keep the old ones. """
 
 import json
 import platform

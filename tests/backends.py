@@ -14,7 +14,7 @@ def numpy(tensor):
 
 
 def gradients(function, arrays, upstream):
-    """`function(**arrays)` and the gradients of `sum(output * upstream)` for each array, eagerly."""
+    """`function(**arrays)` and the gradients of `sum(output * upstream)` for each array."""
     upstream = ops.convert_to_tensor(upstream)
     if BACKEND == "tensorflow":
         import tensorflow as tf
