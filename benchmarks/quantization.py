@@ -77,7 +77,9 @@ def trained(name, folder, images, labels):
         return keras.saving.load_model(path, compile=False)
     keras.utils.set_random_seed(1)
     model = {"separable": separable, "valid": valid}[name]()
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(True), ["accuracy"])
+    model.compile(
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"]
+    )
     model.fit(images, labels, batch_size=128, epochs=2, verbose=2)
     model.save(path)
     return model
@@ -109,45 +111,38 @@ def _is_convolution(layer):
     return isinstance(layer, (layers.Conv2D, layers.DepthwiseConv2D))
 
 
-def accuracy_table(names, folder, train, test, quick):
+def accuracy_rows(name, folder, train, test):
     images, labels = test
-    if quick:
-        images, labels = images[:1000], labels[:1000]
     calibration = train[0][:300]
-    rows = []
-    for name in names:
-        model = trained(name, folder, *train)
-        cases = {
-            "clean": (model, calibration, images),
-            "contrast": (model, contrast(calibration, 3), contrast(images, 4)),
-            "channel": (with_channel_spread(model), calibration, images),
-        }
-        for case, (network, data, inputs) in cases.items():
-            exact = network.predict(inputs, batch_size=500, verbose=0)
-            for preset, quantization in PRESETS.items():
-                path = os.path.join(folder, "model.tflite")
-                report = keras_frn.export_tflite(network, path, quantization, data)
-                # Its kernels are the slow reference ones.
-                seen = slice(1000 if preset == "int16x8" else None)
-                logits, wanted, correct = run_litert(path, inputs[seen]), exact[seen], labels[seen]
-                row = {
-                    "network": name,
-                    "case": case,
-                    "preset": preset,
-                    "float_accuracy": 100 * (wanted.argmax(-1) == correct).mean(),
-                    "accuracy": 100 * (logits.argmax(-1) == correct).mean(),
-                    "agreement": 100 * (logits.argmax(-1) == wanted.argmax(-1)).mean(),
-                    "max_error": np.abs(logits - wanted).max(),
-                    "bytes": report.size,
-                    "operators": sum(report.operators.values()),
-                    "partitions": report.partitions,
-                    "npu": npu(network, data, folder)
-                    if (preset, case) == ("int8", "clean")
-                    else "",
-                }
-                rows.append(row)
-                print(*(_text(value) for value in row.values()), flush=True)
-    return rows
+    model = trained(name, folder, *train)
+    cases = {
+        "clean": (model, calibration, images),
+        "contrast": (model, contrast(calibration, 3), contrast(images, 4)),
+        "channel": (with_channel_spread(model), calibration, images),
+    }
+    for case, (network, data, inputs) in cases.items():
+        exact = network.predict(inputs, batch_size=500, verbose=0)
+        for preset, quantization in PRESETS.items():
+            path = os.path.join(folder, "model.tflite")
+            report = keras_frn.export_tflite(network, path, quantization, data)
+            # Its kernels are the slow reference ones.
+            seen = slice(1000 if preset == "int16x8" else None)
+            logits, wanted, correct = run_litert(path, inputs[seen]), exact[seen], labels[seen]
+            row = {
+                "network": name,
+                "case": case,
+                "preset": preset,
+                "float_accuracy": 100 * (wanted.argmax(-1) == correct).mean(),
+                "accuracy": 100 * (logits.argmax(-1) == correct).mean(),
+                "agreement": 100 * (logits.argmax(-1) == wanted.argmax(-1)).mean(),
+                "max_error": float(np.abs(logits - wanted).max()),
+                "bytes": report.size,
+                "operators": sum(report.operators.values()),
+                "partitions": report.partitions,
+                "npu": npu(network, data, folder) if (preset, case) == ("int8", "clean") else "",
+            }
+            print(*(_text(value) for value in row.values()), flush=True)
+            yield row
 
 
 def npu(model, data, folder):
@@ -253,14 +248,21 @@ def medians(runs, repetitions):
 
 
 def _text(value):
-    return f"{value:9.4g}" if isinstance(value, float) else f"{value!s:10}"
+    return f"{value:9.4g}" if isinstance(value, float) else f"{value!s:12}"
 
 
 def write(rows, name):
+    """Writes the rows, and keeps those of other networks that an earlier run wrote."""
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / name, "w", newline="") as file:
+    path, kept = RESULTS / name, []
+    if path.exists():
+        with open(path, newline="") as file:
+            new = {row["network"] for row in rows}
+            kept = [row for row in csv.DictReader(file) if row["network"] not in new]
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
+        writer.writerows(kept)
         writer.writerows(
             {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
@@ -272,14 +274,14 @@ def main():
     parser.add_argument("--models", help="where trained networks are kept; a temporary folder")
     parser.add_argument("--networks", nargs="*", default=["resnet", "separable", "valid"])
     parser.add_argument("--parts", nargs="*", default=["accuracy", "latency"])
-    parser.add_argument("--quick", action="store_true", help="1000 test images, fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions of the latency")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "accuracy" in arguments.parts:
             train, test = fashion_mnist(arguments.data)
-            kept = arguments.models or folder
-            rows = accuracy_table(arguments.networks, kept, train, test, arguments.quick)
-            write(rows, "quantization.csv")
+            for name in arguments.networks:
+                rows = accuracy_rows(name, arguments.models or folder, train, test)
+                write(list(rows), "quantization.csv")
         if "latency" in arguments.parts:
             write(latency_table(folder, arguments.quick), "quantization_latency.csv")
 

@@ -190,27 +190,25 @@ class _Builder:
         return layer
 
     def _layer(self, data, kind, config):
+        addons = "Addons>" in f"{data['class_name']}{data.get('registered_name')}"
+        addons |= str(data.get("module")).startswith("tensorflow_addons.")
+        ours = {"FilterResponseNormalization": self._normalization, "TLU": self._threshold}
+        if addons and kind in ours:
+            return ours[kind](config)
         custom = self._custom(data, kind)
         if custom is not None:
             return custom.from_config(self._value(config))
-        if kind in ("Functional", "Model"):
-            return self._functional(config)
-        if kind == "Sequential":
-            return self._sequential(config)
-        addons = "Addons>" in f"{data['class_name']}{data.get('registered_name')}"
-        addons |= str(data.get("module")).startswith("tensorflow_addons.")
-        if kind == "FilterResponseNormalization":
-            return self._normalization(config)
-        if kind == "TLU":
-            return self._threshold(config)
+        made = {"Functional": self._functional, "Model": self._functional, **ours}
+        made["Sequential"] = self._sequential
+        if kind in made:
+            return made[kind](config)
         if addons or kind not in _LAYERS | set(_ALIASES):
             reason = _REASONS.get(kind, "is not known")
             if addons:
                 reason = "is a layer of TensorFlow Addons that has no counterpart here"
-            remedy = (
-                "" if kind == "Lambda" else f"Pass custom_objects={{{kind!r}: its class}}, or b"
-            )
-            raise _Refused(f"{reason}. {remedy}{_BY_CODE[1:] if remedy else _BY_CODE}")
+            remedy = f"Pass custom_objects={{{kind!r}: its class}}, or build"
+            remedy = _BY_CODE if kind == "Lambda" else _BY_CODE.replace("Build", remedy)
+            raise _Refused(f"{reason}. {remedy}")
         return self._builtin(kind, config)
 
     def _custom(self, data, kind):
@@ -419,6 +417,11 @@ class _Builder:
                     called = name if number == 0 else None
                     y = operator_call(layers[name], called, arguments, options)
                 else:
+                    recurrent = isinstance(
+                        layers[name], (keras.layers.RNN, keras.layers.Bidirectional)
+                    )
+                    if recurrent and isinstance(arguments, list):
+                        arguments, *options["initial_state"] = arguments
                     y = layers[name](arguments, **options)
             tensors[key] = keras.tree.flatten(y)
         inputs, outputs = (

@@ -3,7 +3,7 @@
     python saved_models/build_digits.py
 
 Later versions of the package must open these files and give the golden outputs, so rebuild them
-only to add a format, and keep the old ones. """
+only to add a format, and keep the old ones."""
 
 import json
 import platform

@@ -14,7 +14,7 @@ def frn_tlu(
     """Returns `z` and, with `upstream` (the gradient at z), a dict of gradients.
 
     `gamma`, `beta`, `epsilon`, `tau` and `alpha` are scalars or `(channels,)`; `tau=None` leaves
-    TLU out. `mask` has the shape of x without the channel axis, or a leading part of it. """
+    TLU out. `mask` has the shape of x without the channel axis, or a leading part of it."""
     x = np.moveaxis(np.asarray(x, "float64"), axis, -1)
     gamma, beta, epsilon = (np.asarray(p, "float64") for p in (gamma, beta, epsilon))
     spatial = tuple(range(1, x.ndim - 1))
