@@ -138,13 +138,17 @@ def compile_and_fit(model, optimizer, x, y, batch_size, epochs=1, callbacks=()):
     model.fit(x, y, batch_size, epochs, verbose=0, callbacks=list(callbacks))
 
 
-def fine_tune(model, x, y, batch_size=4, rate=3e-3, callbacks=(), seed=0):
-    keras.utils.set_random_seed(seed)
+def fine_tune(model, x, y, batch_size=4, rate=3e-3, callbacks=()):
+    keras.utils.set_random_seed(0)
     steps = len(x) // batch_size
     rate = keras.optimizers.schedules.CosineDecay(
         rate / 10, steps - steps // 10, warmup_target=rate, warmup_steps=steps // 10
     )
-    optimizer = keras.optimizers.SGD(rate, 0.9, clipnorm=1.0)
+    # The moving epsilon wants an optimizer that follows the size of each gradient.
+    if callbacks:
+        optimizer = keras.optimizers.Adam(rate, clipnorm=1.0)
+    else:
+        optimizer = keras.optimizers.SGD(rate, 0.9, clipnorm=1.0)
     compile_and_fit(model, optimizer, x, y, batch_size, callbacks=callbacks)
     return model
 
@@ -189,8 +193,8 @@ def measure(model, calibration, tuning, test):
                 tuned = fine_tune(make(ratio), x, targets)
                 yield start, ratio, "tuned on the original's outputs", accuracy(tuned, *test)
     for goal, what in ((targets, "the original's outputs"), (y, "labels")):
-        schedule = EpsilonSchedule(steps=len(x) // 4 * 2 // 5)
-        tuned = fine_tune(converted(model, calibration), x, goal, callbacks=[schedule])
+        schedule = EpsilonSchedule(steps=60)
+        tuned = fine_tune(converted(model, calibration), x, goal, 4, 1e-3, [schedule])
         yield "calibrated", "3 to 0.1", f"tuned on {what}", accuracy(tuned, *test)
     tuned = fine_tune(converted(model, calibration), x, y)
     yield "calibrated", 3.0, "tuned on labels", accuracy(tuned, *test)
@@ -217,10 +221,10 @@ def shifted(model, tuning, test):
         ("original", "", lambda: copy(False), ()),
         ("original, BN frozen", "", lambda: copy(True), ()),
         ("calibrated", 3.0, lambda: converted(model, x[:CALIBRATION]), ()),
-        ("calibrated", "3 to 0.1", lambda: converted(model, x[:CALIBRATION]), (200,)),
+        ("calibrated", "3 to 0.1", lambda: converted(model, x[:CALIBRATION]), (120,)),
     ):
         schedules = [EpsilonSchedule(batches) for batches in callbacks]
-        tuned = fine_tune(make(), x, y, batch_size=2, callbacks=schedules)
+        tuned = fine_tune(make(), x, y, 2, 1e-3 if callbacks else 3e-3, schedules)
         yield name, ratio, "shifted task, tuned at batch 2", accuracy(tuned, *test)
 
 

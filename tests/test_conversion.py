@@ -1,4 +1,6 @@
 import json
+import pathlib
+import re
 
 import keras
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from keras import layers
 from reference import close
 
+import keras_frn
 from keras_frn.conversion import replace_batch_normalization
 from keras_frn.layers import TLU, FilterResponseNormalization
 
@@ -316,6 +319,12 @@ def test_a_channel_without_signal_stays_finite(rng):
         close(y[..., 0], np.zeros((8, 4, 4)), 1e-6)
 
 
+def test_a_compiled_functional_model_becomes_uncompiled():
+    model = _residual()
+    model.compile("sgd", "mse")
+    assert not _convert(model).compiled
+
+
 def test_frozen_layers_stay_frozen_and_compiled_models_become_uncompiled(rng):
     model = _nested()
     model.layers[0].trainable = False
@@ -419,3 +428,17 @@ def test_arguments_are_checked(arguments, match):
 def test_an_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match=r"`model` must be built. Received: model='empty'"):
         _convert(keras.Sequential([layers.BatchNormalization()], name="empty"))
+
+
+def test_the_examples_of_the_guide(rng, capsys):
+    guide = pathlib.Path(__file__).parents[1] / "docs" / "converting-batch-normalization.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    images = rng.normal(size=(264, 8, 8, 3)).astype("float32")
+    names = {"model": _trained(_residual(), rng), "images": images}
+    names |= {"keras": keras, "keras_frn": keras_frn}
+    for block in blocks:
+        exec(block, names)
+    assert "3 BatchNormalization layers became FRN" in capsys.readouterr().out
+    assert len(names["functional"].layers) == len(names["model"].layers)
+    assert names["schedule"].ratio == pytest.approx(0.1)
