@@ -64,14 +64,20 @@ _GONE = {
     "renorm": (False,),
     "virtual_batch_size": (None,),
     "fused": None,
+    "noise_shape": (None,),
 }
+_ABSENT = (
+    "LocallyConnected1D",
+    "LocallyConnected2D",
+    "DenseFeatures",
+    "RandomHeight",
+    "RandomWidth",
+)
+_TABLES = ("StringLookup", "IntegerLookup", "TextVectorization")
 _REASONS = {
     "Lambda": "holds Python code, which is never run from a file",
-    "LocallyConnected1D": "is a layer that Keras 3 has not",
-    "LocallyConnected2D": "is a layer that Keras 3 has not",
-    "DenseFeatures": "is a layer that Keras 3 has not",
-    "RandomHeight": "is a layer that Keras 3 has not",
-    "RandomWidth": "is a layer that Keras 3 has not",
+    **dict.fromkeys(_ABSENT, "is a layer that Keras 3 has not"),
+    **dict.fromkeys(_TABLES, "has a table that is not among its weights"),
 }
 _BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
 _MAX_DEPTH, _MAX_CALLS = 50, 100_000
@@ -114,6 +120,18 @@ def sublayers(layer):
             layers = [item for item in value if isinstance(item, keras.Layer)]
             if layers and len(layers) == len(value):
                 yield name, layers
+
+
+def parameters(cls):
+    """The parameters that a class takes, those of its bases where it passes them on, by name."""
+    found = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(base.__init__).parameters
+            found = {**own, **found}
+            if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+                break
+    return found
 
 
 def walk(layer, seen=None):
@@ -235,10 +253,8 @@ class _Builder:
         if config.get("unroll"):
             config["unroll"] = False
         cls = getattr(keras.layers, kind)
-        accepted = {}
-        for base in cls.__mro__:
-            if "__init__" in vars(base):
-                accepted.update(inspect.signature(base.__init__).parameters)
+        accepted = parameters(cls)
+        trainable = config.pop("trainable", True)
         for key in [k for k in config if k not in accepted and k in _GONE]:
             value = config.pop(key)
             if _GONE[key] is not None and value not in _GONE[key]:
@@ -249,6 +265,8 @@ class _Builder:
                 if value is not None and value is not inspect.Parameter.empty:
                     config[key] = _Stored(value)
         layer = cls(**config)
+        if not trainable:
+            layer.trainable = False
         if kind == "Normalization":
             _before_build(layer, functools.partial(_check_normalization, layer))
         elif kind == "TimeDistributed":

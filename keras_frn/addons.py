@@ -118,8 +118,7 @@ def load_addons_weights(model, path, tau="auto"):
             fitted = [(v, _fit(v, name, a, tau)) for v, name, a, _ in found]
         except Exception as error:
             raise files.unreadable(os.fspath(path), error) from error
-        for variable, value in fitted:
-            variable.assign(value)
+        _assign(model, fitted)
         state = saved.weights.optimizer
         if state is not None and getattr(model, "optimizer", None) is not None:
             _load_state(model, {}, state, found, legacy="slots" in state)
@@ -190,7 +189,8 @@ def describe(model):
 def _model(path, saved, tau, compile, custom_objects):
     state = saved.weights.optimizer if compile and saved.training else None
     try:
-        room = saved.weights.elements()
+        # A layer that was shared between models inside comes back as one for each of them.
+        room = 4 * saved.weights.elements()
         with keras.saving.custom_object_scope(custom_objects or {}):
             model, members, found_tlus = configs.build(saved.config, room, None, custom_objects)
             found = _match(model, members, saved.weights)
@@ -202,8 +202,11 @@ def _model(path, saved, tau, compile, custom_objects):
             fitted = [(v, _fit(v, name, a, tau)) for v, name, a, _ in found]
     except Exception as error:
         raise files.unreadable(os.fspath(path), error) from error
-    for variable, value in fitted:
-        variable.assign(value)
+    _assign(model, fitted)
+    keys = [key for _, _, _, key in found]
+    shared = {v.path.split("/")[-2] for v, _, _, key in found if key and keys.count(key) > 1}
+    if shared:
+        _warn(f"layers {sorted(shared)} were shared between models, which have copies now")
     if compile and saved.training:
         legacy = _compile(model, saved.training, custom_objects)
         if legacy is not None and saved.weights.optimizer is not None:
@@ -213,6 +216,14 @@ def _model(path, saved, tau, compile, custom_objects):
     elif compile and saved.weights.optimizer is not None:
         _warn("the optimizer state in the file was not loaded, as its config is not in the file")
     return model
+
+
+def _assign(model, fitted):
+    for variable, value in fitted:
+        variable.assign(value)
+    for layer in configs.walk(model):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # takes the statistics over from the weights
 
 
 def _warn(message):
@@ -512,13 +523,9 @@ def _optimizer(config):
 
 def _made(cls, config, ignored=()):
     """An object of this class, from the part of an old config that still exists."""
-    accepted = {}
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            accepted.update(inspect.signature(base.__init__).parameters)
-    lost = [
-        k for k, v in config.items() if k not in accepted and k not in ignored and v is not None
-    ]
+    accepted = configs.parameters(cls)
+    known = {*accepted, *ignored}
+    lost = [key for key, value in config.items() if key not in known and value is not None]
     if lost:
         _warn(f"{cls.__name__} lost the options {', '.join(lost)}, which Keras 3 has not")
     named = {k: v for k, v in config.items() if k in accepted and (k, v) != ("name", None)}

@@ -133,6 +133,36 @@ def regularized_tau():
     )
 
 
+def shared_across():
+    """Layers that are in two models inside."""
+    conv = L.Conv2D(3, 3, padding="same", name="sc")
+    frn, tlu = FRN(learned_epsilon=True, name="sf"), TLU(name="st")
+
+    def inner(name):
+        x = L.Input((5, 5, 3), name=name + "i")
+        return tf.keras.Model(x, tlu(frn(conv(x))), name=name)
+
+    x = L.Input((5, 5, 3), name="x")
+    y = inner("b")(L.BatchNormalization()(inner("a")(x)))
+    return tf.keras.Model(x, L.Dense(2, name="d")(L.Flatten()(y)), name="shared_across")
+
+
+def states():
+    x, h, c = L.Input((4, 3), name="x"), L.Input((5,), name="h"), L.Input((5,), name="c")
+    y = L.LSTM(5, return_sequences=True)(x, initial_state=[h, c])
+    y = L.Bidirectional(L.GRU(5))(TLU(affine=True)(y), initial_state=[h, c])
+    return tf.keras.Model([x, h, c], L.Dense(2)(y), name="states")
+
+
+def deferred():
+    inner = tf.keras.Sequential([TLU(), L.Conv2D(2, 1)], name="in")
+    model = tf.keras.Sequential(
+        [L.Conv2D(3, 3), FRN(), inner, L.Flatten(), L.Dense(2)], name="deferred"
+    )
+    model.build((None, 5, 5, 2))
+    return model
+
+
 def small(name, size=4):
     return tf.keras.Sequential(
         [
@@ -203,7 +233,7 @@ MODELS = {
     f.__name__: f
     for f in (
         nested_frozen, frozen_block, operators, around, two_in_two_out, distributed, uniform_tau,
-        regularized_tau, half,
+        regularized_tau, shared_across, states, deferred, half,
     )
 }  # fmt: skip
 
@@ -277,7 +307,7 @@ def make(name, root):
         ys = tf.nest.flatten(model(inputs if len(inputs) > 1 else inputs[0]))
         total = tf.add_n([tf.reduce_sum(tf.cast(y, "float32") ** 2) for y in ys])
     for i, (x, g) in enumerate(zip(xs, tape.gradient(total, inputs))):
-        io[f"x{i}"], io[f"gx{i}"] = x, g.numpy()
+        io[f"x{i}"], io[f"gx{i}"] = x, np.zeros_like(x) if g is None else g.numpy()
     io.update({f"y{i}": y.numpy() for i, y in enumerate(ys)})
     io["reg_loss"] = np.float64(sum(float(v) for v in model.losses))
     io["trainable"] = np.int64(sum(int(np.prod(w.shape)) for w in model.trainable_weights))
