@@ -78,7 +78,7 @@ def trained(name, folder, images, labels):
     keras.utils.set_random_seed(1)
     model = {"separable": separable, "valid": valid}[name]()
     model.compile(
-        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"]
+        "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"]
     )
     model.fit(images, labels, batch_size=128, epochs=2, verbose=2)
     model.save(path)
