@@ -54,16 +54,16 @@ def opened(path, name="path"):
         try:
             saved = _open(path, stack)
         except Exception as error:  # whatever a broken file makes a parser raise
-            raise unreadable(path, error, name) from error
+            raise unreadable(path, error, name, f" {_REMEDY}") from error
         yield saved
 
 
-def unreadable(path, error, name="path"):
+def unreadable(path, error, name="path", remedy=""):
     """The error for a file that cannot be read."""
     said = " ".join(str(error).split())[:300] or type(error).__name__
     return ValueError(
         f"`{name}` must be a model or weights saved by Keras 2. Received: {name}={path!r}, "
-        f"which cannot be read: {said.rstrip('.')}. {_REMEDY}"
+        f"which cannot be read: {said.rstrip('.')}.{remedy}"
     )
 
 

@@ -205,7 +205,7 @@ def test_a_regularizer_counts_every_position_that_shares_a_threshold():
 def test_constraints_act_on_the_new_shapes_as_on_the_old(rng):
     model = load("regularized_tau/model.h5")
     (layer,) = [v for v in model.layers if isinstance(v, FilterResponseNormalization)]
-    w = rng.normal(size=3)
+    w = 3.0 * rng.normal(size=3)  # beyond the norm, together and one by one
     # The old weights were (1, 1, 1, 3): along axis 0 there is one of each, along 3 all of them.
     one_by_one = w * np.clip(np.abs(w), 0, 0.7) / (1e-7 + np.abs(w))
     close(numpy(layer.gamma_constraint(ops.convert_to_tensor(w))), one_by_one, 1e-6)
