@@ -83,7 +83,7 @@ _BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.loa
 _MAX_DEPTH, _MAX_CALLS = 50, 100_000
 _MAX_INPUT = 2**31
 
-_room = contextvars.ContextVar("keras_frn_room")
+_room: contextvars.ContextVar[list] = contextvars.ContextVar("keras_frn_room")
 
 
 def build(config, room, thresholds=None, custom_objects=None):
