@@ -121,7 +121,12 @@ def load_addons_weights(model, path, tau="auto"):
         _assign(model, fitted)
         state = saved.weights.optimizer
         if state is not None and getattr(model, "optimizer", None) is not None:
-            _load_state(model, {}, state, found, legacy="slots" in state)
+            kind, legacy = _trained_with(saved.training)
+            own = type(getattr(model.optimizer, "inner_optimizer", model.optimizer)).__name__
+            if kind is not None and kind.lower() != own.lower():
+                _warn(f"the state of {kind} was not loaded, as the model has {own}")
+            else:
+                _try_state(model, {}, state, found, legacy or "slots" in state)
         elif state is not None:
             _warn("the optimizer state in the file was not loaded, as the model is not compiled")
 
@@ -210,7 +215,7 @@ def _model(path, saved, tau, compile, custom_objects):
     if compile and saved.training:
         legacy = _compile(model, saved.training, custom_objects)
         if legacy is not None and saved.weights.optimizer is not None:
-            _load_state(model, members, saved.weights.optimizer, found, legacy)
+            _try_state(model, members, saved.weights.optimizer, found, legacy)
         elif legacy:
             _warn("the file has no state of its optimizer, which starts anew")
     elif compile and saved.weights.optimizer is not None:
@@ -466,30 +471,36 @@ def _match_own(layer, members, node, found):
 def _compile(model, training, custom_objects):
     """Compiles the model as it was. Returns whether the optimizer's state has the layout from
     before Keras 2.11, or None if it was not compiled."""
-    try:
-        optimizer, legacy = _optimizer(training.get("optimizer_config", training.get("optimizer")))
-        options = {
-            "optimizer": optimizer,
-            "loss": _objects(training.get("loss"), keras.losses, custom_objects),
-            "loss_weights": training.get("loss_weights"),
-            "run_eagerly": bool(training.get("run_eagerly")),
-            "steps_per_execution": training.get("steps_per_execution") or 1,
-        }
-    except Exception as error:
-        _warn(f"the model is not compiled, as {' '.join(str(error).split()).rstrip('.')}")
-        return None
+    options = {}
     for name in ("metrics", "weighted_metrics"):
-        value = training.get(name)
-        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
-            value = value[0]
         try:
+            value = training.get(name)
+            if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+                value = value[0]
             options[name] = _objects(value, keras.metrics, custom_objects)
         except Exception as error:
-            _warn(f"the {name} are left out, as {' '.join(str(error).split()).rstrip('.')}")
-    model.compile(**options)
-    # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
-    model.optimizer.build(model.trainable_variables)
+            _warn(f"the {name} are left out: {_said(error)}")
+    try:
+        optimizer, legacy = _optimizer(training.get("optimizer_config", training.get("optimizer")))
+        model.compile(
+            optimizer,
+            _objects(training.get("loss"), keras.losses, custom_objects),
+            loss_weights=training.get("loss_weights"),
+            run_eagerly=bool(training.get("run_eagerly")),
+            steps_per_execution=training.get("steps_per_execution") or 1,
+            **options,
+        )
+        # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
+        model.optimizer.build(model.trainable_variables)
+    except Exception as error:
+        model.compiled = False
+        _warn(f"the model is not compiled: {_said(error)}")
+        return None
     return legacy
+
+
+def _said(error):
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def _optimizer(config):
@@ -600,6 +611,24 @@ def _layout(optimizer, weights, legacy):
     if legacy and type(optimizer).__name__ != "Ftrl":
         groups = " ".join(groups).split()
     return [(slot, id(w)) for group in groups for w in weights for slot in group.split()]
+
+
+def _trained_with(training):
+    """The name of the optimizer in a file, or None, and whether it is one of before Keras 2.11."""
+    config = training or {}
+    config = config.get("optimizer_config", config.get("optimizer"))
+    while isinstance(config, dict) and "inner_optimizer" in config["config"]:
+        config = config["config"]["inner_optimizer"]
+    if not isinstance(config, dict):
+        return config, False
+    return config["class_name"].rpartition(">")[2], "decay" in config["config"]
+
+
+def _try_state(model, *arguments):
+    try:
+        _load_state(model, *arguments)
+    except Exception as error:  # a damaged file; the weights are there and checked
+        _warn(f"the optimizer's state was not loaded: {_said(error)}")
 
 
 def _load_state(model, members, state, found, legacy):

@@ -276,6 +276,44 @@ def test_weights_that_do_not_fit_change_nothing():
     close(numpy(model.layers[2].tau), stored.mean((0, 1), dtype="float64"), 1e-7)
 
 
+def test_state_of_another_optimizer_is_not_taken():
+    model = own_model()
+    model.compile("rmsprop", "sparse_categorical_crossentropy")
+    with expecting("state of Adam was not loaded, as the model has RMSprop"):
+        load_addons_weights(model, MODELS / "frn_tlu" / "model.h5")
+    assert int(numpy(model.optimizer.iterations)) == 0
+    with expecting("was not loaded, as the model is not compiled"):
+        load_addons_weights(own_model(), MODELS / "frn_tlu" / "model.h5")
+
+
+def test_state_from_before_keras_2_11_loads_into_a_model_built_in_code():
+    io, xs, _, _ = expected_of("old_adam_tf28")
+    for name in ("model.h5", "saved_model.zip"):
+        model = load(f"old_adam_tf28/{name}", compile=False)
+        model.compile(keras.optimizers.Adam(0.01, amsgrad=True), "mse")
+        with expecting():
+            load_addons_weights(model, MODELS / "old_adam_tf28" / name)
+        model.train_on_batch(xs[0], io["yb"])
+        close(numpy(model(xs[0])), io["y_next"], 2e-5)
+
+
+def test_a_training_config_that_makes_no_sense_leaves_the_model_uncompiled(tmp_path):
+    path = tmp_path / "changed.h5"
+    shutil.copy(MODELS / "frn_tlu" / "model.h5", path)
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["training_config"])
+        weights = 1.0
+        for _ in range(900):
+            weights = [weights]
+        config["loss_weights"] = weights
+        config["metrics"] = [{"class_name": "AUC", "config": {"num_thresholds": 10**9}}]
+        file.attrs["training_config"] = json.dumps(config)
+    with expecting("metrics are left out: 'AUC' is larger", "the model is not compiled"):
+        model = load_addons_model(path)
+    _, xs, ys, _ = expected_of("frn_tlu")
+    close(numpy(model(xs[0])), ys[0], 2e-5)
+
+
 def test_gamma_and_beta_of_one_shape_are_not_confused():
     """The h5 layout goes by order, and gamma, beta and their state have one shape."""
     for name in ("model.h5", "legacy_weights.h5", "v3.weights.h5", "ckpt", "export.zip"):
