@@ -467,6 +467,7 @@ def main():
     options = parser.parse_args()
     if options.worker:
         return worker()
+    sys.setrecursionlimit(20_000)  # for the configs that are nested on purpose
     rows = study(options.files, options.seed, lambda line: print(line, flush=True))
     table = collections.defaultdict(list)
     for kind, how, outcome, _, seconds, left, peak in rows:

@@ -571,11 +571,8 @@ def _objects(value, module, custom_objects):
         raise ValueError(f"{value['class_name']!r} is not in Keras 3. Pass it in `custom_objects`")
     if config.get("reduction") == "auto":
         config["reduction"] = "sum_over_batch_size"
-    if (
-        any(isinstance(v, int) and abs(v) > 10_000 for v in config.values())
-        and base.__name__ in "Metric"
-    ):
-        raise ValueError(f"{kind!r} is too large: {config}")
+    if module is keras.metrics and any(map(_is_large, config.values())):
+        raise ValueError(f"{kind!r} is larger than any metric should be: {config}")
     return _made(cls, config)
 
 
