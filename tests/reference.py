@@ -53,6 +53,8 @@ def frn_tlu(
 
 def close(actual, expected, tolerance):
     """Asserts agreement within `tolerance`, relative to max(1, largest expected magnitude)."""
+    if hasattr(actual, "detach"):  # a PyTorch tensor that wants gradients
+        actual = actual.detach()
     actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
     assert actual.shape == expected.shape
     if expected.size:

@@ -79,9 +79,10 @@ def test_reload_in_a_fresh_process(trained, suffix, tmp_path):
         for target, source in zip(copy.optimizer.variables, model.optimizer.variables, strict=True):
             target.assign(np.array(numpy(source)))
     copy.fit(x, y, batch_size=len(x), shuffle=False, verbose=0)
-    # Threads may add in another order in another process.
+    # Threads may add in another order in another process, and Adam's first steps divide each
+    # gradient by its own size, so that the rounding of a small one shows.
     expected = copy.predict(x, verbose=0)
-    np.testing.assert_allclose(reloaded["after"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(reloaded["after"], expected, rtol=1e-5, atol=3e-5)
     assert not np.allclose(reloaded["after"], reloaded["before"], atol=1e-4)
 
 
