@@ -25,12 +25,11 @@ _REMEDY = "Pass a complete file that TensorFlow 2.8 to 2.15 saved."
 class Saved:
     """A file, opened: `config` and `training` are None where it has none, and so is `weights`."""
 
-    def __init__(self, kind, config=None, training=None, weights=None, keras_version=None):
+    def __init__(self, kind, config=None, training=None, weights=None):
         self.kind = kind
         self.config = config
         self.training = training
         self.weights = weights
-        self.keras_version = keras_version
 
 
 class Budget:
@@ -119,9 +118,8 @@ def _hdf5(file, budget, **found):
                 found[name] = _json(root.attrs[attribute])
     if "layer_names" in group.attrs or "layer_names0" in group.attrs:
         weights = _flat(group, optimizer)
-        found["keras_version"] = str(group.attrs.get("keras_version", "unknown"))
         if "config" in found:
-            _check_version(found["keras_version"])
+            _check_version(group.attrs.get("keras_version"))
     elif any(group.get(name) is not None for name in _CONTAINERS):
         weights = TreeWeights(GroupNode(group))
     else:
@@ -130,7 +128,7 @@ def _hdf5(file, budget, **found):
 
 
 def _check_version(version):
-    if version.startswith("3"):
+    if str(version).startswith("3"):
         raise ValueError(f"Keras {version} saved it: open it with keras.saving.load_model")
 
 
@@ -203,8 +201,7 @@ def _zip(path, budget, stack):
         config = _json(read("config.json"))
         found = {"config": config, "training": config.get("compile_config")}
         if "metadata.json" in members:
-            found["keras_version"] = str(_json(read("metadata.json")).get("keras_version"))
-            _check_version(found["keras_version"])
+            _check_version(_json(read("metadata.json")).get("keras_version"))
         saved = _hdf5(read("model.weights.h5"), budget, **found)
         saved.kind = ".keras file"
         return saved
@@ -236,7 +233,6 @@ def _saved_model(folder):
             root = _root_metadata(file.read())
         saved.config = root.get("model_config") or root
         saved.training = root.get("training_config")
-        saved.keras_version = root.get("keras_version")
     return saved
 
 

@@ -177,7 +177,7 @@ def describe(model):
 
     >>> print("\\n".join(keras_frn.addons.describe(model)))  # doctest: +SKIP
     """
-    lines = [f"model {model.name!r}: {len(model.layers)} layers, {model.count_params()} weights"]
+    lines = [f"model {model.name!r}: {len(model.layers)} layers, {model.count_params()} parameters"]
     for layer in configs.walk(model):
         if isinstance(layer, (FilterResponseNormalization, TLU)):
             shapes = ", ".join(f"{w.name} {tuple(w.shape)}" for w in layer.weights)
@@ -193,6 +193,7 @@ def describe(model):
 
 def _model(path, saved, tau, compile, custom_objects):
     state = saved.weights.optimizer if compile and saved.training else None
+    trained = state is not None and (len(state.get("arrays", ())) > 1 or bool(state.get("slots")))
     try:
         # A layer that was shared between models inside comes back as one for each of them.
         room = 4 * saved.weights.elements()
@@ -201,7 +202,7 @@ def _model(path, saved, tau, compile, custom_objects):
             found = _match(model, members, saved.weights)
             if found_tlus:
                 arrays = {id(variable): array for variable, _, array, _ in found}
-                thresholds = [_axis(layer, arrays, tau, state) for layer in found_tlus]
+                thresholds = [_axis(layer, arrays, tau, trained) for layer in found_tlus]
                 model, members, _ = configs.build(saved.config, room, thresholds, custom_objects)
                 found = _match(model, members, saved.weights)
             fitted = [(v, _fit(v, name, a, tau)) for v, name, a, _ in found]
@@ -242,14 +243,14 @@ def _numpy(value):
 # Thresholds
 
 
-def _axis(layer, arrays, tau, state):
+def _axis(layer, arrays, tau, trained):
     """The axis of the TLU that takes the place of a stored one, and the positions that share it."""
     stored = [arrays[id(weight)] for weight in layer.weights]
     positions = int(np.prod(stored[0].shape[:-1]))
     if positions == 1 and len(stored[0].shape) == 1:
         return -1, 1
     uniform = all(_is_uniform(array) for array in stored)
-    trained = state is not None and layer.trainable and positions > 1
+    trained = trained and layer.trainable and positions > 1
     if tau == "auto" and uniform and layer.can_be_shared and not trained:
         return -1, positions
     if tau in ("auto", "per_position"):
@@ -635,7 +636,8 @@ def _load_state(model, members, state, found, legacy):
     kind = type(optimizer).__name__
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
-    optimizer.iterations.assign(np.asarray(state["iterations"], "int64"))
+    steps_so_far = int(state["iterations"])
+    optimizer.iterations.assign(steps_so_far)
     names = {id(weight): name for weight, name, _, _ in found}
     values = _old_state(model, members, optimizer, state, found, legacy)
     rest = [v for v in optimizer.variables if v is not optimizer.iterations]
@@ -644,11 +646,12 @@ def _load_state(model, members, state, found, legacy):
     if kind == "SGD" and optimizer.momentum == 0:
         slots = slots[: len(rest)]
     if kind == "Nadam":
-        steps = np.arange(1, 1 + min(int(state["iterations"]), 10_000))
+        steps = np.arange(1, 1 + min(steps_so_far, 10_000))
         rest.pop().assign(np.prod(optimizer.beta_1 * (1.0 - 0.5 * 0.96**steps)))
         _warn("the files have no momentum schedule of Nadam, so it was computed from its steps")
     if values is None or len(slots) != len(rest):
-        _warn(f"the state of {kind} was not loaded: only its {int(state['iterations'])} steps were")
+        if steps_so_far > 0:
+            _warn(f"the state of {kind} was not loaded: only its {steps_so_far} steps were")
         return
     lost = []
     for (slot, weight), variable in zip(slots, rest, strict=True):

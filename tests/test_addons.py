@@ -213,6 +213,20 @@ def test_constraints_act_on_the_new_shapes_as_on_the_old(rng):
     close(numpy(layer.beta_constraint(ops.convert_to_tensor(w))), together, 1e-6)
 
 
+def test_a_model_that_was_compiled_and_not_trained_has_no_state_to_keep(tmp_path):
+    path = tmp_path / "untrained.h5"
+    shutil.copy(MODELS / "frn_tlu" / "model.h5", path)
+    with h5py.File(path, "r+") as file:
+        tau = file["model_weights/tlu/tlu/tau:0"]
+        tau[...] = np.zeros(tau.shape)
+        state = file["optimizer_weights"]
+        state.attrs["weight_names"] = np.array([b"iteration:0"])
+    with expecting("only its"):
+        model = load_addons_model(path)
+    assert model.get_layer("tlu").axis == -1
+    assert model.get_layer("tlu_1").axis == (1, 2, 3)
+
+
 def test_state_of_a_threshold_keeps_its_positions():
     model = load("frn_tlu/model.h5")
     path = MODELS / "frn_tlu" / "model.h5"
