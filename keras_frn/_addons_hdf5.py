@@ -41,9 +41,9 @@ def read(file, limit):
     data, path = (file, "-") if isinstance(file, bytes) else (b"", file)
     if not sys.executable:
         raise ValueError("it is HDF5, and there is no Python interpreter to read that in")
-    # -P keeps the names of our own modules apart from those that h5py imports.
-    command = [sys.executable, "-P", __file__, path, str(limit)]
     timeout = _TIMEOUT_S + (len(data) or os.path.getsize(path)) // _BYTES_PER_S
+    # -P keeps the names of our own modules apart from those that h5py imports.
+    command = [sys.executable, "-P", __file__, path, str(limit), str(timeout)]
     # Threads that nobody needs would reserve a part of the memory that the process may have.
     options = {"env": {**os.environ, "OPENBLAS_NUM_THREADS": "1"}, "capture_output": True}
     try:
@@ -80,12 +80,12 @@ def _array(stream, entry):
 # What the process of its own does
 
 
-def _main(path, limit):
+def _main(path, limit, timeout):
     import h5py
 
     out = sys.stdout.buffer
     try:
-        _limit_memory(limit)
+        _limit(limit, timeout)
         file = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else path
         with h5py.File(file, "r") as root:
             _send(out, root, limit, h5py)
@@ -96,11 +96,13 @@ def _main(path, limit):
     out.flush()
 
 
-def _limit_memory(limit):
-    most = 2**32 + 4 * limit
-    with contextlib.suppress(ImportError, OSError, ValueError):  # where there is no such limit
+def _limit(size, seconds):
+    """What the process may use, also when the one that waits for it is no more."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # where there are no such limits
         import resource
 
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        most = 2**32 + 4 * size
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
@@ -154,4 +156,4 @@ def _texts(value):
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]))
+    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
