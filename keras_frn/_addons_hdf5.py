@@ -101,7 +101,7 @@ def _limit(size, seconds):
     with contextlib.suppress(ImportError, OSError, ValueError):  # where there are no such limits
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds + 10, seconds + 10))
         most = 2**32 + 4 * size
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
