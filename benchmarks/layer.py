@@ -1,13 +1,14 @@
 """One layer: FRN + TLU against the formula as written and its peers, interleaved in one process.
 
     python benchmarks/layer.py                            # every mode of the active backend
-    KERAS_BACKEND=jax python benchmarks/layer.py --dtype bfloat16 KERAS_BACKEND=jax python
-    benchmarks/layer.py --growth
+    KERAS_BACKEND=jax python benchmarks/layer.py --dtype bfloat16
+    KERAS_BACKEND=jax python benchmarks/layer.py --growth
 
 Prints milliseconds (least, median, range), the ratio of least times to BatchNormalization + ReLU
-and to the formula as written, and units of one `x + 1` pass over the same tensor in the same mode;
-on a GPU also the bytes of the least traffic per second (3 passes forward, 8 with the backward step)
-against those of `x + 1`. Writes CSV and a plot to `benchmarks/results/`."""
+and to the formula as written, units of one `x + 1` pass over the same tensor in the same mode, and
+"of copy": the least traffic (x is read twice and z written; then x and the gradient are read twice
+and one gradient written) per second, against the traffic of `x + 1` per second. Writes CSV and a
+plot to `benchmarks/results/`."""
 
 import argparse
 import csv
@@ -147,6 +148,8 @@ def measure(shape, mode, dtype, repeats, axis=-1, names=None):
         for name, stack in stacks.items()
         if names is None or name in names
     }
+    # One pass is the unit of both tables.
+    functions["x + 1"] = (functions["x + 1"][0],) * 2
     rows = []
     for which, direction in enumerate(["forward", "forward + backward"]):
         times = {name: [] for name in functions}
@@ -160,6 +163,7 @@ def measure(shape, mode, dtype, repeats, axis=-1, names=None):
                 times[name].append(1e3 * (time.perf_counter() - start))
         least = {name: min(t) for name, t in times.items()}
         for name, t in times.items():
+            traffic = 2 if name == "x + 1" else (3, 8)[which]
             row = {
                 "backend": BACKEND,
                 "mode": mode,
@@ -172,7 +176,9 @@ def measure(shape, mode, dtype, repeats, axis=-1, names=None):
                 "median_ms": float(np.median(t)),
                 "max_ms": max(t),
                 "passes": min(t) / least["x + 1"],
+                "gb_per_s": traffic * np.prod(shape) * numpy_dtype.itemsize / min(t) / 1e6,
             }
+            row["of_copy"] = traffic / 2 / row["passes"]
             for key, other in (("bn", "BatchNormalization + ReLU"), ("written", "FRN as written")):
                 row[f"of_{key}"] = min(t) / least[other] if other in least else None
             rows.append(row)
@@ -185,7 +191,7 @@ def show(rows):
     for direction in ("forward", "forward + backward"):
         print(
             f"  {direction:27}{'min':>8}{'median':>9}{'max':>9}"
-            f"{'of BN':>8}{'of paper':>10}{'passes':>8}"
+            f"{'of BN':>8}{'of paper':>10}{'passes':>8}{'of copy':>9}"
         )
         for r in (r for r in rows if r["direction"] == direction):
             ratios = (
@@ -193,7 +199,7 @@ def show(rows):
                 for key, width in (("of_bn", 8), ("of_written", 10), ("passes", 8))
             )
             numbers = f"{r['min_ms']:8.2f}{r['median_ms']:9.2f}{r['max_ms']:9.2f}"
-            print(f"  {r['layer']:27}" + numbers + "".join(ratios))
+            print(f"  {r['layer']:27}" + numbers + "".join(ratios) + f"{r['of_copy']:9.2f}")
 
 
 GROWTH = [

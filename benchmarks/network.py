@@ -1,6 +1,7 @@
 """What a normalization adds to a network: ResNet-20 on 32x32 images, training steps and inference.
 
-    python benchmarks/network.py --batches 32 128 KERAS_BACKEND=jax python benchmarks/network.py
+    python benchmarks/network.py --batches 32 128
+    KERAS_BACKEND=jax python benchmarks/network.py
 
 Each step is `train_on_batch` of the compiled model, of one mode at a time (`jit_compile` of the
 model off and on), all networks interleaved in one process. "adds" is a network's least time less

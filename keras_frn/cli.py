@@ -73,6 +73,12 @@ def _parser():
         output=".keras to write",
     )
     migrate.add_argument("--weights", metavar="FILE", help="weights or checkpoint for a config")
+    migrate.add_argument(
+        "--tau",
+        default="auto",
+        choices=["auto", "per_channel", "per_position", "per_channel_mean"],
+        help="how to keep thresholds stored per position (default auto)",
+    )
     migrate.add_argument("--check", metavar="NPY", help="print the outputs for these inputs")
     return parser
 
@@ -143,7 +149,9 @@ def _migrate(arguments):
     from .addons import migrate
 
     inputs = _array(arguments.check)
-    model, found = migrate(arguments.model, arguments.output, weights=arguments.weights)
+    model, found = migrate(
+        arguments.model, arguments.output, weights=arguments.weights, tau=arguments.tau
+    )
     print("\n".join(found))
     if inputs is not None:
         print(model.predict(inputs, verbose=0))
