@@ -3,10 +3,17 @@
 This is the only backend-specific code of the package.
 """
 
+import contextlib
+import contextvars
 import functools
+import itertools
 
 import keras
 from keras import ops
+
+# What a formula is being traced into: a "scope" or a "function" of its own, or None.
+_CLUSTER = contextvars.ContextVar("cluster", default=None)
+_SCOPES = itertools.cycle(range(100))
 
 
 def use_gradient_form(training):
@@ -16,6 +23,25 @@ def use_gradient_form(training):
     they trace models with `training=False`. On JAX, gradients are often taken without
     `training=True`, and XLA makes the forward pass of both forms the same program."""
     return bool(training) or keras.backend.backend() != "tensorflow"
+
+
+def folds_sums(gradient_form):
+    """Whether to sum few positions first; see `ops._folded`.
+
+    An exported graph is better off without the two reshapes that it takes, unless asked for a
+    cluster."""
+    in_cluster = _CLUSTER.get() is not None
+    return keras.backend.backend() == "tensorflow" and (gradient_form or in_cluster)
+
+
+def outside_cluster():
+    """A context for reshapes, which cost nothing outside of a cluster: what a cluster returns is a
+    copy, even of its input, and the gradient needs the input in its new shape."""
+    if _CLUSTER.get() != "scope":
+        return contextlib.nullcontext()
+    import tensorflow as tf
+
+    return tf.xla.experimental.jit_scope(compile_ops=False)
 
 
 def where(condition, a, b):
@@ -60,17 +86,47 @@ def run(function, arrays, options, jit_compile):
     if not jit_compile:
         return function(**arrays, **options)
     if in_tensorflow_graph:
-        import tensorflow as tf
-
-        # A must-compile function would survive into ONNX files, which then do not load.
-        with tf.xla.experimental.jit_scope():
-            return function(**arrays, **options)
+        return _in_scope(function, arrays, options)
     shapes = tuple(
         (name, tuple(array.shape)[1 if name in ("x", "mask") else 0 :])
         for name, array in arrays.items()
         if array is not None
     )
     return _compiled(function, tuple(sorted(options.items())), shapes)(arrays)
+
+
+def _in_scope(function, arrays, options):
+    """A cluster in a TensorFlow graph; when training, its gradient is a cluster, too."""
+    import tensorflow as tf
+
+    def scoped(arrays):
+        # A must-compile function would survive into ONNX files, which then do not load.
+        with _cluster("scope"), tf.xla.experimental.jit_scope():
+            return function(**arrays, **options)
+
+    if not options["training"]:
+        return scoped(arrays)
+
+    def numbered(arrays):
+        # Scopes are numbered within a function, and ops of equal number may become one cluster,
+        # which then holds the tensors of many layers until the last has come.
+        for _ in range(number):
+            with tf.xla.experimental.jit_scope():
+                pass
+        return scoped(arrays)
+
+    # TensorFlow carries a scope to the gradient only where it differentiates a function.
+    number = next(_SCOPES)
+    return tf.function(numbered, autograph=False)(arrays)
+
+
+@contextlib.contextmanager
+def _cluster(kind):
+    token = _CLUSTER.set(kind)
+    try:
+        yield
+    finally:
+        _CLUSTER.reset(token)
 
 
 def _in_tensorflow_graph():
@@ -87,7 +143,8 @@ def _compiled(function, options, shapes):
     # All shapes but the batch size are in the key: a TensorFlow function that has seen two shapes
     # would generalize what must be known, the rank and the channel size.
     def call(arrays):
-        return function(**arrays, **dict(options))
+        with _cluster("function"):
+            return function(**arrays, **dict(options))
 
     backend = keras.backend.backend()
     if backend == "tensorflow":

@@ -150,7 +150,9 @@ def test_many_shapes_under_jit_compile(rng):
 
 @tensorflow_only
 def test_the_scope_in_a_graph():
-    """True marks the ops of any graph, None those of a graph for training, False none."""
+    """True marks the ops of any graph, None those of a graph for training, False none.
+
+    When training, the gradient's ops are marked, too, each layer's with a scope of its own."""
     import tensorflow as tf
 
     for jit_compile, training, marked in (
@@ -160,16 +162,23 @@ def test_the_scope_in_a_graph():
         (None, False, False),
         (False, True, False),
     ):
-        layer = FilterResponseNormalizationTLU(jit_compile=jit_compile)
-        layer.build(SHAPE)
-        graph = (
-            tf.function(lambda x, layer=layer, training=training: layer(x, training=training))
-            .get_concrete_function(tf.TensorSpec(SHAPE))
-            .graph
-        )
-        attributes = ["_XlaCompile" in op.node_def.attr for op in graph.get_operations()]
-        assert any(attributes) == marked
-        assert not any("_XlaMustCompile" in op.node_def.attr for op in graph.get_operations())
+        layers = [FilterResponseNormalizationTLU(jit_compile=jit_compile) for _ in range(2)]
+
+        def step(x, layers=layers, training=training):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                z = layers[1](layers[0](x, training=training), training=training)
+            return tape.gradient(z, x)
+
+        graph = tf.function(step).get_concrete_function(tf.TensorSpec(SHAPE)).graph.as_graph_def()
+        nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
+        in_scope = [node for node in nodes if node.attr["_XlaCompile"].b]
+        assert bool(in_scope) == marked
+        assert not any("_XlaMustCompile" in node.attr for node in nodes)
+        if marked:
+            assert len({node.attr["_XlaScope"].s for node in in_scope}) == 2
+        if marked and training:
+            assert "RsqrtGrad" in {node.op for node in in_scope}
 
 
 @tensorflow_only
