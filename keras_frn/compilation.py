@@ -69,6 +69,22 @@ def maximum(a, b):
     return ops.where(a < b, b, a)
 
 
+def maximum_plus(a, b, c):
+    """`maximum(a, b) + c` of a tensor without -inf, a constant and a small tensor.
+
+    In PyTorch eager a product with the comparison takes 32 ms where `clamp` takes 38 (as above,
+    in one run; the formula as the paper writes it takes 71): the gradient of `clamp` selects."""
+    if keras.backend.backend() != "torch" or not a.requires_grad:
+        return maximum(a, b) + c
+    import torch
+
+    limit = torch.finfo(b.dtype).max
+    above = (a.detach() >= b).to(a.dtype)
+    # b is finite where it is multiplied, and cancels to the bit.
+    b_or_0 = torch.addcmul(b.clamp(min=-limit) + c, b.clamp(-limit, limit), above, value=-1)
+    return torch.addcmul(b_or_0, a, above)
+
+
 def run(function, arrays, options, jit_compile):
     """Calls `function(**arrays, **options)` under the layer's `jit_compile` setting.
 

@@ -10,7 +10,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from .compilation import folds_sums, maximum, outside_cluster, use_gradient_form, where
+from .compilation import (
+    folds_sums,
+    maximum,
+    maximum_plus,
+    outside_cluster,
+    use_gradient_form,
+    where,
+)
 
 # TensorFlow's kernels add in sequence: the root mean square of 3,136 numbers is off by 3e-7 to
 # 9e-7, that of 885 thousand by 2e-5, and by 1e-7 where it is the mean of means.
@@ -184,7 +191,7 @@ def filter_response_normalization_tlu(
     if alpha is not None:
         z = _affine_tlu(y, tau, _aligned(alpha, x, (axis,)), gradient_form)
     elif detour is not None:
-        z = maximum(y, ops.stop_gradient(tau)) + detour
+        z = maximum_plus(y, ops.stop_gradient(tau), detour)
     else:
         z = ops.maximum(y, tau)
     return ops.cast(_unfolded(z, shape) if partial else z, dtype)
