@@ -19,10 +19,20 @@ _SCOPES = itertools.cycle(range(100))
 def use_gradient_form(training):
     """Whether to build the form of a formula with the cheapest gradient.
 
-    Only TensorFlow has a reason not to: its converters map the other form onto fewer operators, and
-    they trace models with `training=False`. On JAX, gradients are often taken without
-    `training=True`, and XLA makes the forward pass of both forms the same program."""
-    return bool(training) or keras.backend.backend() != "tensorflow"
+    TensorFlow's converters map the other form onto fewer operators, and they trace models with
+    `training=False`. On JAX and PyTorch, gradients are often taken without `training=True`; JAX's
+    XLA makes the forward pass of both forms the same program, PyTorch says whether one is wanted.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.is_grad_enabled()
+    return bool(training) or keras.backend.backend() == "jax"
+
+
+def divides_gradients_of_means():
+    """Whether a mean's gradient is a division at full size, as on PyTorch: 3 ms of 32."""
+    return keras.backend.backend() == "torch"
 
 
 def folds_sums(gradient_form):

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from .compilation import (
+    divides_gradients_of_means,
     folds_sums,
     maximum,
     maximum_plus,
@@ -279,8 +280,9 @@ def _mean(x, axes, in_parts):
 
 def _mean_over(x, axes):
     sizes = [x.shape[axis] for axis in axes]
-    if keras.backend.standardize_dtype(x.dtype) == "float64" and None not in sizes:
-        # `ops.mean` has an error of 6e-8 in float64 on JAX, as it computes in float32.
+    is_float64 = keras.backend.standardize_dtype(x.dtype) == "float64"
+    # `ops.mean` has an error of 6e-8 in float64 on JAX, as it computes in float32.
+    if None not in sizes and (is_float64 or divides_gradients_of_means()):
         return ops.sum(x, axis=axes, keepdims=True) / math.prod(sizes)
     return ops.mean(x, axis=axes, keepdims=True)
 
