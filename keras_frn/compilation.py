@@ -88,6 +88,8 @@ def maximum_plus(a, b, c):
         return maximum(a, b) + c
     import torch
 
+    if torch.compiler.is_compiling():  # 9 ms with `clamp`, 60 with a comparison
+        return maximum(a, b) + c
     limit = torch.finfo(b.dtype).max
     above = (a.detach() >= b).to(a.dtype)
     # b is finite where it is multiplied, and cancels to the bit.
