@@ -11,7 +11,8 @@ import itertools
 import keras
 from keras import ops
 
-# What a formula is being traced into: a "scope" or a "function" of its own, or None.
+# What a formula is being traced into: a "scope", a "function" of its own, None for neither, or
+# "no cluster", whatever the layers say.
 _CLUSTER = contextvars.ContextVar("cluster", default=None)
 _SCOPES = itertools.cycle(range(100))
 
@@ -40,7 +41,7 @@ def folds_sums(gradient_form):
 
     An exported graph is better off without the two reshapes that it takes, unless asked for a
     cluster."""
-    in_cluster = _CLUSTER.get() is not None
+    in_cluster = _CLUSTER.get() in ("scope", "function")
     return keras.backend.backend() == "tensorflow" and (gradient_form or in_cluster)
 
 
@@ -111,7 +112,7 @@ def run(function, arrays, options, jit_compile):
     in_tensorflow_graph = _in_tensorflow_graph()
     if jit_compile is None:
         jit_compile = in_tensorflow_graph and options["training"]
-    if not jit_compile:
+    if not jit_compile or _CLUSTER.get() == "no cluster":
         return function(**arrays, **options)
     if in_tensorflow_graph:
         return _in_scope(function, arrays, options)
@@ -129,7 +130,7 @@ def _in_scope(function, arrays, options):
 
     def scoped(arrays):
         # A must-compile function would survive into ONNX files, which then do not load.
-        with _cluster("scope"), tf.xla.experimental.jit_scope():
+        with _within("scope"), tf.xla.experimental.jit_scope():
             return function(**arrays, **options)
 
     if not options["training"]:
@@ -149,12 +150,17 @@ def _in_scope(function, arrays, options):
 
 
 @contextlib.contextmanager
-def _cluster(kind):
+def _within(kind):
     token = _CLUSTER.set(kind)
     try:
         yield
     finally:
         _CLUSTER.reset(token)
+
+
+def without_clusters():
+    """A context in which layers are traced as with `jit_compile=False`: fewer operators."""
+    return _within("no cluster")
 
 
 def _in_tensorflow_graph():
@@ -171,7 +177,7 @@ def _compiled(function, options, shapes):
     # All shapes but the batch size are in the key: a TensorFlow function that has seen two shapes
     # would generalize what must be known, the rank and the channel size.
     def call(arrays):
-        with _cluster("function"):
+        with _within("function"):
             return function(**arrays, **dict(options))
 
     backend = keras.backend.backend()
