@@ -130,11 +130,11 @@ def main():
         model = resnet20(normalize)
         per_image = network_bytes(model, (128, 32, 32, 3)) / 128
         show("ResNet-20, batch 128", name, "temporary kB per image", per_image / 1024)
-        batch = largest(lambda n: network_bytes(model, (n, 32, 32, 3)) <= budget, 64)
+        batch = largest(lambda n, m=model: network_bytes(m, (n, 32, 32, 3)) <= budget, 64)
         show("ResNet-20", name, f"largest batch in {arguments.budget} MB", batch)
     for name, normalize in NORMALIZATIONS.items():
         model = volume_network(normalize)
-        side = largest(lambda n: network_bytes(model, (1, n, n, n, 1)) <= budget, 16)
+        side = largest(lambda n, m=model: network_bytes(m, (1, n, n, n, 1)) <= budget, 16)
         show("3D network, batch 1", name, f"largest side in {arguments.budget} MB", side)
     write(rows, RESULTS / "memory_jax.csv")
 

@@ -11,8 +11,7 @@ import itertools
 import keras
 from keras import ops
 
-# What a formula is being traced into: a "scope", a "function" of its own, None for neither, or
-# "no cluster", whatever the layers say.
+# What a formula is being traced into: a "scope", a "function" of its own, or None for neither.
 _CLUSTER = contextvars.ContextVar("cluster", default=None)
 _SCOPES = itertools.cycle(range(100))
 
@@ -41,7 +40,7 @@ def folds_sums(gradient_form):
 
     An exported graph is better off without the two reshapes that it takes, unless asked for a
     cluster."""
-    in_cluster = _CLUSTER.get() in ("scope", "function")
+    in_cluster = _CLUSTER.get() is not None
     return keras.backend.backend() == "tensorflow" and (gradient_form or in_cluster)
 
 
@@ -112,7 +111,7 @@ def run(function, arrays, options, jit_compile):
     in_tensorflow_graph = _in_tensorflow_graph()
     if jit_compile is None:
         jit_compile = in_tensorflow_graph and options["training"]
-    if not jit_compile or _CLUSTER.get() == "no cluster":
+    if not jit_compile:
         return function(**arrays, **options)
     if in_tensorflow_graph:
         return _in_scope(function, arrays, options)
@@ -156,11 +155,6 @@ def _within(kind):
         yield
     finally:
         _CLUSTER.reset(token)
-
-
-def without_clusters():
-    """A context in which layers are traced as with `jit_compile=False`: fewer operators."""
-    return _within("no cluster")
 
 
 def _in_tensorflow_graph():

@@ -11,7 +11,6 @@ import warnings
 import keras
 import numpy as np
 
-from .compilation import without_clusters
 from .equalization import InferenceCopy, input_structure
 from .layers import FilterResponseNormalization
 
@@ -334,8 +333,7 @@ def _converted(model, folder, quantization, batches, integer_io):
     import tensorflow as tf
 
     names = _input_names(model)
-    with without_clusters():
-        model.export(folder, format="tf_saved_model", verbose=False)
+    model.export(folder, format="tf_saved_model", verbose=False)
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     if quantization not in (None, "int8_float_statistics"):
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
