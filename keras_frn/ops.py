@@ -208,7 +208,8 @@ def _folded(x, axis, mask, gradient_form):
     positions = x.shape[1:-1]
     if axis != len(x.shape) - 1 or mask is not None or None in positions:
         return x, axis, None
-    few = _largest_divisor(math.prod(positions), 16)
+    # More than eight, at distances that are powers of two, do not fit in a cache side by side.
+    few = _largest_divisor(math.prod(positions), 8)
     if few == 1 or not folds_sums(gradient_form):
         return x, axis, None
     shape = (*_shape(x)[:1], few, math.prod(positions) // few, x.shape[-1])
