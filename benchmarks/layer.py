@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 MODES = {
     "tensorflow": ["graph", "xla", "eager", "eager jit_compile=True"],
     "jax": ["jit"],
-    "torch": ["eager", "compile"],
+    "torch": ["eager", "eager jit_compile=True", "compile"],
 }[BACKEND]
 
 

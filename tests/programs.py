@@ -1,5 +1,7 @@
 """Prints how many full-size arrays XLA's programs for a stack of layers write, as JSON.
 
+    python tests/programs.py 4 16 24 32
+
 Run by test_compilation.py in a process of its own, as XLA reads its flags once.
 """
 
@@ -14,6 +16,8 @@ import numpy as np
 from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 SHAPE = (4, 16, 24, 32)
+if __name__ == "__main__":
+    SHAPE = tuple(int(size) for size in sys.argv[1:])
 FULL_SIZE = int(np.prod(SHAPE))
 
 

@@ -27,8 +27,10 @@ def programs(request):
     """What XLA compiles: by its own fusion alone, as on GPU and TPU, or with libraries for sums."""
     only_xla = request.param
     flags = "--xla_cpu_experimental_ynn_fusion_type=" if only_xla else ""
+    # By default XLA on a CPU cuts sums over more than 32 positions in two.
+    shape = SHAPE if only_xla else (4, 40, 48, 32)
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("programs.py")],
+        [sys.executable, Path(__file__).with_name("programs.py"), *map(str, shape)],
         env={**os.environ, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         check=True,
@@ -155,12 +157,14 @@ def test_the_scope_in_a_graph():
     When training, the gradient's ops are marked, too, each layer's with a scope of its own."""
     import tensorflow as tf
 
-    for jit_compile, training, marked in (
-        (True, False, True),
-        (True, True, True),
-        (None, True, True),
-        (None, False, False),
-        (False, True, False),
+    for jit_compile, training, batch, marked in (
+        (True, False, 4, True),
+        (True, True, 4, True),
+        (None, True, None, True),
+        (None, True, 16, True),
+        (None, True, 4, False),  # too small to be worth it
+        (None, False, None, False),
+        (False, True, None, False),
     ):
         layers = [FilterResponseNormalizationTLU(jit_compile=jit_compile) for _ in range(2)]
 
@@ -170,7 +174,8 @@ def test_the_scope_in_a_graph():
                 z = layers[1](layers[0](x, training=training), training=training)
             return tape.gradient(z, x)
 
-        graph = tf.function(step).get_concrete_function(tf.TensorSpec(SHAPE)).graph.as_graph_def()
+        x = tf.TensorSpec((batch, *SHAPE[1:]))
+        graph = tf.function(step).get_concrete_function(x).graph.as_graph_def()
         nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
         in_scope = [node for node in nodes if node.attr["_XlaCompile"].b]
         assert bool(in_scope) == marked
@@ -179,6 +184,89 @@ def test_the_scope_in_a_graph():
             assert len({node.attr["_XlaScope"].s for node in in_scope}) == 2
         if marked and training:
             assert "RsqrtGrad" in {node.op for node in in_scope}
+
+
+@tensorflow_only
+def test_derivatives_of_every_kind_through_the_clusters_of_a_graph(rng):
+    """Against the inference form in eager mode."""
+    import tensorflow as tf
+
+    layers = [
+        FilterResponseNormalizationTLU(learned_epsilon=True, jit_compile=True),
+        TLU(affine=True, jit_compile=True),
+    ]
+    for layer in layers:
+        layer.build((None, 6, 6, 3))
+    weights = [v.value for layer in layers for v in layer.trainable_variables]
+    x = tf.constant(rng.normal(size=(4, 6, 6, 3)).astype("float32"))
+
+    def loss(x, training):
+        for layer in layers:
+            x = layer(x, training=training)
+        return tf.reduce_sum(x**3, axis=(1, 2, 3))
+
+    def gradients(x, training):
+        with tf.GradientTape() as tape:
+            value = loss(x[None], training)
+        return tape.gradient(value, weights)
+
+    def second(x, training):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                value = loss(x, training)
+            square = tf.reduce_sum(inner.gradient(value, x) ** 2)
+        return outer.gradient(square, x)
+
+    def forward(x, training):
+        with tf.autodiff.ForwardAccumulator(x, tf.ones_like(x)) as accumulator:
+            value = loss(x, training)
+        return accumulator.jvp(value)
+
+    per_example = tf.function(lambda x: tf.vectorized_map(lambda x: gradients(x, True), x))(x)
+    expected = zip(*(gradients(x[i], False) for i in range(4)), strict=True)
+    for actual, one_by_one in zip(per_example, expected, strict=True):
+        close(numpy(actual), np.stack([numpy(g) for g in one_by_one]), INPUT_GRADIENT)
+    for derivative in (second, forward):
+        actual = tf.function(derivative)(x, True)
+        # Second derivatives add up two gradients' rounding errors.
+        close(numpy(actual), numpy(derivative(x, False)), 2 * INPUT_GRADIENT)
+
+
+@tensorflow_only
+def test_on_device_training_in_litert(rng, tmp_path):
+    """A training step, whose graph has the clusters, is a LiteRT signature."""
+    import tensorflow as tf
+    from ai_edge_litert.interpreter import Interpreter
+
+    layer = FilterResponseNormalizationTLU(jit_compile=True)
+    layer.build((2, 6, 6, 3))
+    weights = [v.value for v in layer.trainable_variables]
+
+    class Trainer(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec((2, 6, 6, 3))])
+        def step(self, x):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((layer(x, training=True) - 1) ** 2)
+            for weight, gradient in zip(weights, tape.gradient(loss, weights), strict=True):
+                weight.assign_sub(0.1 * gradient)
+            return {"loss": loss}
+
+    trainer = Trainer()
+    trainer.weights = weights
+    tf.saved_model.save(trainer, tmp_path / "saved", signatures={"step": trainer.step})
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved"))
+    converter.target_spec.supported_ops = [
+        tf.lite.OpsSet.TFLITE_BUILTINS,
+        tf.lite.OpsSet.SELECT_TF_OPS,
+    ]
+    converter.experimental_enable_resource_variables = True
+    content = converter.convert()
+    x = rng.normal(size=(2, 6, 6, 3)).astype("float32")
+    step = Interpreter(model_content=content).get_signature_runner("step")
+    losses = [float(step(x=x)["loss"]) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
 
 
 @tensorflow_only
