@@ -158,6 +158,7 @@ def measure(shape, mode, dtype, repeats, axis=-1, names=None):
                 functions[name][which]()
         for _ in range(repeats):
             for name in functions:
+                functions[name][which]()  # takes the memory that the one before it gave back
                 start = time.perf_counter()
                 functions[name][which]()
                 times[name].append(1e3 * (time.perf_counter() - start))

@@ -44,8 +44,9 @@ class FilterResponseNormalization(keras.layers.Layer):
         beta_regularizer, gamma_regularizer, learned_epsilon_regularizer: Default to None.
         beta_constraint, gamma_constraint, learned_epsilon_constraint: Default to None.
         jit_compile: True makes the layer one XLA cluster of its own (`torch.compile` on PyTorch),
-            eager or in a graph that is not compiled as a whole. False adds no compilation. None
-            chooses what measures best: a cluster in TensorFlow graphs that train. Defaults to None.
+            eager or in a graph that is not compiled as a whole; when training, its gradient is one,
+            too. False adds no compilation. None chooses what measures best: a cluster in TensorFlow
+            graphs that train, unless the input is known to be small. Defaults to None.
         **kwargs: `name`, `dtype`, `trainable`. With a half-precision dtype the layer computes in
             float32; under mixed precision its weights are float32.
 

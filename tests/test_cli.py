@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -65,6 +66,17 @@ def test_convert(files, capsys):
     assert run("convert", files / "bn.keras", files / "converted.h5") == 2
     assert "must end in .keras" in capsys.readouterr().err
     assert len(list(files.iterdir())) == 4, "no temporary file is left"
+
+
+def test_migrate_takes_the_choice_of_thresholds(tmp_path):
+    old = Path(__file__).with_name("addons_models") / "uniform_tau" / "model.keras"
+    ranks = []
+    for number, choice in enumerate([(), ("--tau", "per_position")]):
+        target = tmp_path / f"{number}.keras"
+        assert run("migrate", old, target, *choice) == 0
+        model = keras.models.load_model(target, compile=False)
+        ranks.append({len(layer.tau.shape) for layer in model.layers if hasattr(layer, "tau")})
+    assert ranks == [{1}, {3}]
 
 
 def test_migrate_refuses_what_is_no_such_file(files, capsys):
