@@ -76,7 +76,7 @@ def test_migrate_takes_the_choice_of_thresholds(tmp_path):
         assert run("migrate", old, target, *choice) == 0
         model = keras.models.load_model(target, compile=False)
         ranks.append({len(layer.tau.shape) for layer in model.layers if hasattr(layer, "tau")})
-    assert ranks == [{1}, {3}]
+    assert ranks == [{1, 3}, {3}]  # one of two layers has a threshold that varies
 
 
 def test_migrate_refuses_what_is_no_such_file(files, capsys):
