@@ -206,11 +206,13 @@ def _folded(x, axis, mask, gradient_form):
     cuts a sum over more than 32 positions in two, and writes what the first part sums.) JAX's XLA
     and PyTorch sum the axes of x best: then x and None, as where a size is not known."""
     positions = x.shape[1:-1]
-    if axis != len(x.shape) - 1 or mask is not None or None in positions:
+    if not folds_sums(gradient_form) or mask is not None:
+        return x, axis, None
+    if axis != len(x.shape) - 1 or None in positions:
         return x, axis, None
     # More than eight, at distances that are powers of two, do not fit in a cache side by side.
     few = _largest_divisor(math.prod(positions), 8)
-    if few == 1 or not folds_sums(gradient_form):
+    if few == 1:
         return x, axis, None
     shape = (*_shape(x)[:1], few, math.prod(positions) // few, x.shape[-1])
     with outside_cluster():
@@ -290,7 +292,7 @@ def _mean_over(x, axes):
 
 def _parts(size):
     """How many parts to sum a long axis in."""
-    if size is None or size <= _LONGEST_SUM:
+    if not isinstance(size, int) or size <= _LONGEST_SUM:  # JAX exports have symbols for sizes
         return 1
     return _largest_divisor(size, math.isqrt(size))
 
