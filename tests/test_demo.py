@@ -16,7 +16,7 @@ def test_a_short_demo(tmp_path, monkeypatch, capsys):
         expected |= {"SavedModel", "LiteRT"}
     assert set(rows) == expected
     for row in rows.values():
-        assert row["accuracy"] > 0.6  # three epochs of twenty-four: 80 % or more; by chance 10 %
+        assert row["accuracy"] > 0.6  # three epochs of twenty-four: about 80 %; by chance 10 %
         assert row["largest difference"] < 1e-4  # of logits of about 10
         assert row["ms per image"] > 0
     assert rows[".keras, reloaded"]["largest difference"] < 1e-5
