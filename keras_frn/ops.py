@@ -69,11 +69,10 @@ def filter_response_normalization(
     x, dtype = _in_statistics_dtype(x)
     axis = _channel_axis(axis, x.shape)
     gradient_form = _use_gradient_form(x, training)
-    gamma, beta, epsilon = (
-        _checked(name, parameter, x, (axis,))
-        for name, parameter in (("gamma", gamma), ("beta", beta), ("epsilon", epsilon))
-    )
-    shape = _shape(x)
+    gamma = _checked("gamma", gamma, x, (axis,))
+    beta = _checked("beta", beta, x, (axis,))
+    epsilon = _checked("epsilon", epsilon, x, (axis,))
+    shape = ops.shape(x)
     x, axis, partial = _folded(x, axis, mask, gradient_form)
     y = _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial)
     if beta is not None:
@@ -167,17 +166,12 @@ def filter_response_normalization_tlu(
     x, dtype = _in_statistics_dtype(x)
     axis = _channel_axis(axis, x.shape)
     gradient_form = _use_gradient_form(x, training)
-    gamma, beta, tau, alpha, epsilon = (
-        _checked(name, parameter, x, (axis,))
-        for name, parameter in (
-            ("gamma", gamma),
-            ("beta", beta),
-            ("tau", tau),
-            ("alpha", alpha),
-            ("epsilon", epsilon),
-        )
-    )
-    shape = _shape(x)
+    gamma = _checked("gamma", gamma, x, (axis,))
+    beta = _checked("beta", beta, x, (axis,))
+    tau = _checked("tau", tau, x, (axis,))
+    alpha = _checked("alpha", alpha, x, (axis,))
+    epsilon = _checked("epsilon", epsilon, x, (axis,))
+    shape = ops.shape(x)
     x, axis, partial = _folded(x, axis, mask, gradient_form)
     y = _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial)
     tau, offset = _aligned(tau, x, (axis,)), _aligned(beta, x, (axis,))
@@ -214,7 +208,7 @@ def _folded(x, axis, mask, gradient_form):
     few = _largest_divisor(math.prod(positions), 8)
     if few == 1:
         return x, axis, None
-    shape = (*_shape(x)[:1], few, math.prod(positions) // few, x.shape[-1])
+    shape = (ops.shape(x)[0], few, math.prod(positions) // few, x.shape[-1])
     with outside_cluster():
         return ops.reshape(x, shape), 3, 1
 
@@ -230,7 +224,7 @@ def _spread(parameter, x, axis):
     one sum of the two."""
     if axis is None:
         return parameter
-    shape = list(_shape(x))
+    shape = list(ops.shape(x))
     shape[axis] = 1
     return ops.broadcast_to(parameter * 0.5, shape) * 2.0
 
@@ -298,13 +292,8 @@ def _parts(size):
 
 
 def _largest_divisor(size, limit):
-    """The largest divisor up to a limit; 1 of a size that is not known."""
-    return next((n for n in range(min(limit, size or 1), 1, -1) if size % n == 0), 1)
-
-
-def _shape(x):
-    """The sizes of x; tensors where they are known only when a graph runs."""
-    return tuple(ops.shape(x))
+    """The largest divisor up to a limit; 1 of a size of 0."""
+    return next((n for n in range(min(limit, size), 1, -1) if size % n == 0), 1)
 
 
 def _affine_tlu(y, tau, alpha, gradient_form):
@@ -326,7 +315,7 @@ def _detour(tau):
 def _per_sample(parameter, x):
     """The parameter repeated over the batch, so that its gradient is summed within each sample
     first, in one pass with the other sums over the sample, and with less rounding."""
-    return ops.broadcast_to(parameter, (_shape(x)[0], *parameter.shape[1:]))
+    return ops.broadcast_to(parameter, (ops.shape(x)[0], *parameter.shape[1:]))
 
 
 def _use_gradient_form(x, training):
