@@ -66,6 +66,21 @@ def test_a_reloaded_saved_model_is_differentiable_and_has_a_serving_signature(tm
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
+@pytest.mark.skipif(sys.platform != "linux", reason="the library has other names elsewhere")
+@pytest.mark.parametrize("unknown", [False, True])
+def test_tensorflows_c_api(unknown, tmp_path):
+    import tensorflow_c
+
+    model = make((None, None, 3) if unknown else (9, 9, 3))
+    model.export(tmp_path / "saved", verbose=False)
+    batches = inputs(unknown)
+    for x, output in zip(batches, tensorflow_c.serve(tmp_path / "saved", batches), strict=True):
+        expected = model.predict(x, verbose=0)
+        assert output.shape == expected.shape
+        assert_close(output, expected)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
 @pytest.mark.parametrize("unknown", [False, True])
 def test_openvino(unknown, tmp_path):
     openvino = pytest.importorskip("openvino")
