@@ -192,6 +192,15 @@ def small(normalization):
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
+def pooled(normalization):
+    """Max-pooling behind each normalization."""
+    inputs = x = keras.Input((56, 56, 3), name="image")
+    for filters in (32, 64, 64):
+        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+        x = layers.MaxPooling2D(2)(normalization()(x))
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
 def random_weights(model, rng):
     for weight in model.weights:
         if weight.path.rsplit("/", 1)[-1] in ("gamma", "beta", "tau", "moving_mean"):
@@ -203,7 +212,7 @@ def latency_table(folder, quick):
     from ai_edge_litert.interpreter import Interpreter
 
     rng, rows = np.random.default_rng(0), []
-    networks = {"small": small, "wide": wide, "resnet18": resnet18}
+    networks = {"small": small, "wide": wide, "resnet18": resnet18, "pooled": pooled}
     for name, build in networks.items():
         models = {
             "frn": random_weights(build(frn), rng),

@@ -19,6 +19,39 @@ _RESOLVED, _VISIBLE = 1 / 64, 1 / 512
 # over about 10 in each of the two.
 _FIRST_EPSILON = 1 / 16
 
+
+class _MaxPooling(layers.Layer):
+    """Max-pooling, unless the normalization before it has done it already."""
+
+    def __init__(self, pooling):
+        super().__init__(name=pooling.name, dtype="float32")
+        self.pooling = pooling
+        self.data_format = pooling.data_format
+        self.is_done = False
+
+    def call(self, inputs):
+        return inputs if self.is_done else self.pooling(inputs)
+
+
+class _KnownSizes:
+    """Reshapes to sizes that are known without asking for the batch size at run time, which takes
+    four operators that no NPU has."""
+
+    def call(self, inputs):
+        shape = self.compute_output_shape(inputs.shape)
+        if None in shape[1:] or getattr(self, "data_format", "channels_last") != "channels_last":
+            return super().call(inputs)
+        return ops.reshape(inputs, (-1, *shape[1:]))
+
+
+class _Flatten(_KnownSizes, layers.Flatten):
+    pass
+
+
+class _Reshape(_KnownSizes, layers.Reshape):
+    pass
+
+
 _COMMUTING = (
     layers.Identity,
     layers.Dropout,
@@ -34,9 +67,7 @@ _COMMUTING = (
     layers.UpSampling1D,
     layers.UpSampling2D,
     layers.UpSampling3D,
-    layers.MaxPooling1D,
-    layers.MaxPooling2D,
-    layers.MaxPooling3D,
+    _MaxPooling,
     layers.AveragePooling1D,
     layers.AveragePooling2D,
     layers.AveragePooling3D,
@@ -51,9 +82,7 @@ _COMMUTING = (
 # Added numbers go through unchanged.
 _SHIFTED = (
     layers.Identity,
-    layers.MaxPooling1D,
-    layers.MaxPooling2D,
-    layers.MaxPooling3D,
+    _MaxPooling,
     layers.GlobalMaxPooling1D,
     layers.GlobalMaxPooling2D,
     layers.GlobalMaxPooling3D,
@@ -68,6 +97,8 @@ _SHIFTED = (
     layers.Cropping2D,
     layers.Cropping3D,
 )
+_MAX_POOLING = (layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)
+_RESHAPING = {layers.Flatten: _Flatten, layers.Reshape: _Reshape}
 _BIASED = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
@@ -78,7 +109,8 @@ _HOMOGENEOUS = (keras.activations.linear, keras.activations.relu, keras.activati
 
 
 class _Normalization(layers.Layer):
-    """One of our normalizations with its weights as constants, in a float or an integer form.
+    """One of our normalizations with its weights as constants, in a float or an integer form, and
+    with the max-pooling that follows it where `pool_first` says so.
 
     The integer form takes `rsqrt(max(nu2, floor))`, as the rare large values of
     `rsqrt(nu2 + epsilon)` would stretch the integer range of all others. Where the mean squares
@@ -100,6 +132,7 @@ class _Normalization(layers.Layer):
         self.recorded = None
         self.floor = None
         self.first_epsilon = None
+        self.pooling = None
 
     def call(self, inputs, training=None, mask=None):
         gamma, beta, tau, alpha = (
@@ -107,14 +140,18 @@ class _Normalization(layers.Layer):
         )
         if self.recorded is not None:
             self.recorded.append(ops.convert_to_numpy(self._mean_square(inputs)))
-        if self.floor is not None and mask is None:
-            return self._integer_form(inputs, gamma, beta, tau, alpha)
+        if mask is None and (self.floor is not None or self.pooling is not None):
+            return self._in_steps(inputs, gamma, beta, tau, alpha)
         options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
         if tau is None:
-            return frn_ops.filter_response_normalization(inputs, gamma, beta, **options)
-        return frn_ops.filter_response_normalization_tlu(inputs, gamma, beta, tau, alpha, **options)
+            y = frn_ops.filter_response_normalization(inputs, gamma, beta, **options)
+        else:
+            y = frn_ops.filter_response_normalization_tlu(
+                inputs, gamma, beta, tau, alpha, **options
+            )
+        return y if self.pooling is None else self.pooling(y)
 
-    def _integer_form(self, x, gamma, beta, tau, alpha):
+    def _in_steps(self, x, gamma, beta, tau, alpha):
         epsilon = self.epsilon
         if self.first_epsilon is not None:
             # With e1 and then e2 the result is x / sqrt((1 + e2) * nu2 + e1 * e2).
@@ -122,16 +159,21 @@ class _Normalization(layers.Layer):
             epsilon = epsilon / (self.first_epsilon - epsilon)
             gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
         nu2 = self._mean_square(x)
-        if np.max(epsilon) > _VISIBLE * self.floor / _RESOLVED:
+        if self.floor is None or np.max(epsilon) > _VISIBLE * self.floor / _RESOLVED:
             nu2 = nu2 + self.aligned(epsilon, x)
-        scale = ops.rsqrt(ops.maximum(nu2, self.aligned(self.floor, x)))
-        y = x * (scale if gamma is None else scale * self.aligned(gamma, x))
+        if self.floor is not None:
+            nu2 = ops.maximum(nu2, self.aligned(self.floor, x))
+        scale = ops.rsqrt(nu2)
+        scale = scale if gamma is None else scale * self.aligned(gamma, x)
+        y = (x if self.pooling is None else self.pooling(x)) * scale
         if beta is not None:
             y = y + self.aligned(beta, x)
         return y if tau is None else frn_ops.tlu(y, tau, alpha, axis=self.axis)
 
     def _mean_square(self, x):
         axes = [axis for axis in range(1, len(x.shape)) if axis != self.axis % len(x.shape)]
+        if self.floor is None:
+            return frn_ops._mean(x * x, axes, in_parts=False)
         return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
 
     def aligned(self, value, x):
@@ -189,11 +231,14 @@ class InferenceCopy:
             copy = _Normalization(layer)
         else:
             config = _float32(layer.get_config())
-            if type(layer) in _BIASED:
+            kind = _RESHAPING.get(type(layer), type(layer))
+            if kind in _BIASED:
                 config["use_bias"] = True  # which the kernels of the runtime have anyway
             # A Lambda is the caller's own code, not a file's.
             options = {"safe_mode": False} if isinstance(layer, layers.Lambda) else {}
-            copy = layer.__class__.from_config(config, **options)
+            copy = kind.from_config(config, **options)
+            if kind in _MAX_POOLING and _is_channels_last(copy):
+                copy = _MaxPooling(copy)
         if isinstance(layer, keras.Layer):
             self._copies.append((layer, copy))
         return copy
@@ -263,7 +308,7 @@ class InferenceCopy:
                 continue
             if len(inputs) != 1 or sum(caller is layer for caller, _, _ in self._calls) > 1:
                 raise _NotScalableError
-            if isinstance(layer, TLU) and not layer.affine and len(layer.tau.shape) == 1:
+            if _is_threshold(layer):
                 found = self._absorbers(outputs[0])
                 thresholds += [layer, *found[0]]
                 targets += found[1]
@@ -276,6 +321,42 @@ class InferenceCopy:
             else:
                 raise _NotScalableError
         return thresholds, targets
+
+    def pool_first(self):
+        """Takes maxima before the scale where that is exact, as it leaves fewer positions to scale.
+
+        `max(s * x + beta) = s * max(x) + beta` for s > 0, and TLU comes through any maximum. The
+        mean squares are those of all positions.
+        """
+        for layer in self.normalizations:
+            gamma, _, _, alpha = layer.constants
+            rises = gamma is None or np.all(gamma > 0)
+            pooling = self._next_pooling(layer) if rises and alpha is None else None
+            if pooling is not None and layer.axis in (-1, layer.rank - 1):
+                # Its method, as a layer that is built takes no new layers.
+                layer.pooling, pooling.is_done = pooling.pooling.call, True
+
+    def _next_pooling(self, layer):
+        """The `_MaxPooling` behind the layer, or behind its TLU, if nothing else reads either."""
+        while True:
+            outputs = [outputs for caller, _, outputs in self._calls if caller is layer]
+            if len(outputs) != 1 or isinstance(layer, _MaxPooling):
+                return layer if len(outputs) == 1 else None
+            (tensor,) = outputs[0]
+            readers = [
+                (caller, used)
+                for caller, inputs, _ in self._calls
+                for used in inputs
+                if self._tensor(used) is self._tensor(tensor)
+            ]
+            if any(self._tensor(t) is self._tensor(tensor) for t in self.model.outputs):
+                return None
+            # Another tensor is read inside of a nested model, which checks sizes at its border.
+            if len(readers) != 1 or readers[0][1] is not tensor:
+                return None
+            layer = readers[0][0]
+            if not (isinstance(layer, _MaxPooling) or _is_threshold(layer)):
+                return None
 
     def equalize(self, batches):
         """Scales each input channel of a normalization to unit root mean square on the batches."""
@@ -381,6 +462,14 @@ def _is_scalable(layer):
 
 def _has_plain_kernel(layer):
     return not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
+
+
+def _is_threshold(layer):
+    """Whether the layer is `max(y, tau)` with one tau per channel."""
+    if not isinstance(layer, TLU) or layer.affine:
+        return False
+    rank = layer.input_spec.ndim
+    return [axis % rank for axis in layer.input_spec.axes] == [rank - 1]
 
 
 def _takes_offset(layer):

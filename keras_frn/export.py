@@ -233,6 +233,7 @@ def _copied(model):
                 f"{model.name}, of which a copy fails with: {error}"
             ) from error
         copy.absorb_offsets()
+        copy.pool_first()
         return copy
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(

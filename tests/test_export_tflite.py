@@ -296,6 +296,97 @@ def test_beta_moves_into_the_next_layer_where_that_is_exact(name, separate, tmp_
     assert report.max_error < FLOAT * max(1, np.abs(model.predict(x, verbose=0)).max())
 
 
+def with_falling(model):
+    """One gamma below zero in layers named "falling"; `shuffled_weights` makes all positive."""
+    for layer in model._flatten_layers(include_self=False):
+        if layer.name == "falling":
+            layer.gamma.assign(layer.gamma * np.where(np.arange(layer.gamma.shape[0]) == 1, -1, 1))
+    return model
+
+
+def nested(*inner):
+    return keras.Sequential(list(inner))
+
+
+def functional_nested(*inner):
+    inputs = x = keras.Input((10, 10, 4))
+    for layer in inner:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+# What follows a convolution, and whether the pooling comes first.
+POOLINGS = {
+    "fused": (lambda: [frn_tlu_layer(), layers.MaxPooling2D(2)], True),
+    "overlapping, same": (lambda: [frn_tlu_layer(), layers.MaxPooling2D(3, 2, "same")], True),
+    "separate": (lambda: [frn(), keras_frn.TLU(), layers.MaxPooling2D(2)], True),
+    "without TLU": (lambda: [frn(), layers.MaxPooling2D(2)], True),
+    "without gamma": (lambda: [frn_tlu_layer(scale=False), layers.MaxPooling2D(2)], True),
+    "a negative gamma": (lambda: [frn_tlu_layer(name="falling"), layers.MaxPooling2D(2)], False),
+    "a line": (lambda: [frn_tlu_layer(affine=True), layers.MaxPooling2D(2)], False),
+    "average": (lambda: [frn_tlu_layer(), layers.AveragePooling2D(2)], False),
+    "tau by row": (lambda: [frn(), keras_frn.TLU(axis=1), layers.MaxPooling2D(2)], False),
+    "channels first": (
+        lambda: [frn_tlu_layer(axis=1), layers.MaxPooling2D(2, data_format="channels_first")],
+        False,
+    ),
+    "inside": (lambda: [nested(frn_tlu_layer(), layers.MaxPooling2D(2))], True),
+    "inside, functional": (
+        lambda: [functional_nested(frn_tlu_layer(), layers.MaxPooling2D(2))],
+        True,
+    ),
+    "behind": (lambda: [nested(frn_tlu_layer()), layers.MaxPooling2D(2)], True),
+    "behind, functional": (
+        lambda: [functional_nested(frn_tlu_layer()), layers.MaxPooling2D(2)],
+        False,
+    ),
+    "before": (lambda: [frn_tlu_layer(), nested(layers.MaxPooling2D(2), frn())], True),
+    "before, functional": (
+        lambda: [frn_tlu_layer(), functional_nested(layers.MaxPooling2D(2))],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POOLINGS)
+@pytest.mark.parametrize("integer_form", [False, True])
+def test_maxima_are_taken_before_the_scale_where_that_is_exact(name, integer_form, rng):
+    make, first = POOLINGS[name]
+    after = [layers.Conv2D(4, 1), layers.Flatten(), layers.Dense(3)]
+    convolution = layers.Conv2D(4, 3, padding="same")
+    model = keras.Sequential([keras.Input((10, 10, 4)), convolution, *make(), *after])
+    model = with_falling(shuffled_weights(model))
+    x = images(rng, 8, (10, 10, 4))
+    copy = InferenceCopy(model)
+    copy.absorb_offsets()
+    copy.pool_first()
+    if integer_form:
+        copy.equalize([[x]])
+        copy.use_integer_form([])
+    close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
+    assert (copy.normalizations[0].pooling is not None) == first
+
+
+def test_a_maximum_is_not_taken_first_where_something_else_reads_what_is_pooled(tmp_path, rng):
+    inputs = keras.Input((10, 10, 4))
+    x = frn_tlu_layer()(layers.Conv2D(4, 3)(inputs))
+    pooled = layers.Flatten()(layers.MaxPooling2D(2)(x))
+    model = shuffled_weights(keras.Model(inputs, [pooled, layers.GlobalAveragePooling2D()(x)]))
+    data = images(rng, 8, (10, 10, 4))
+    assert export_tflite(model, tmp_path / "m.tflite", calibration_data=data).max_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    "layer", [layers.Flatten(), layers.Reshape((-1,))], ids=["Flatten", "Reshape"]
+)
+def test_reshaping_to_known_sizes_is_one_operator(layer, tmp_path, rng):
+    after = [layer, layers.Dense(3)]
+    model = shuffled_weights(stack(frn_tlu_layer(), layers.MaxPooling2D(2), *after))
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 8), integer_io=True)
+    assert "SHAPE" not in report.operators
+    assert not report.warnings
+
+
 # An epsilon is dropped where it is below half a step of an 8-bit mean square: the smallest mean
 # square here is 1e-2, so that 1e-5 shows as 5e-4.
 @pytest.mark.parametrize(("epsilon", "tolerance"), [(1e-5, 2e-3), (3e-3, FLOAT)])
