@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from .compilation import (
+    computed_once,
     divides_gradients_of_means,
     folds_sums,
     maximum,
@@ -238,6 +239,10 @@ def _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial):
             f"`x` must have at least one spatial position. Received: x.shape={tuple(x.shape)}. "
             "The mean square of no values is undefined."
         )
+    if partial is None:
+        # The last one first: at 1x64x64x64x16 JAX's XLA sums the squares in 0.8 ms so, and in 18 ms
+        # the other way round.
+        spatial = spatial[::-1]
     in_parts = gradient_form or partial is not None
     # Quantization tools address the statistics by this name.
     with keras.name_scope("frn_statistics"):
@@ -256,7 +261,9 @@ def _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial):
             scale = _spread(scale, x, partial)
         if gamma is not None:
             # After the spreading: a partial sum that has two uses is not computed in each.
-            scale = scale * _aligned(gamma, x, (axis,))
+            gamma = _aligned(gamma, x, (axis,))
+            alone = gradient_form and partial is None
+            scale = scale * (_per_sample(gamma, x) if alone else gamma)
     return x * scale
 
 
@@ -315,7 +322,8 @@ def _detour(tau):
 def _per_sample(parameter, x):
     """The parameter repeated over the batch, so that its gradient is summed within each sample
     first, in one pass with the other sums over the sample, and with less rounding."""
-    return ops.broadcast_to(parameter, (ops.shape(x)[0], *parameter.shape[1:]))
+    shape = (ops.shape(x)[0], *parameter.shape[1:])
+    return computed_once(ops.broadcast_to(parameter, shape))
 
 
 def _use_gradient_form(x, training):

@@ -50,6 +50,15 @@ def full_size_writes(program):
     return count
 
 
+def full_size_sums(program):
+    """How many sums over full-size arrays a program makes, inside of its fusions, too."""
+    sizes = {
+        name: int(np.prod([int(d) for d in dims.split(",") if d]))
+        for name, dims in re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", program)
+    }
+    return sum(sizes[name] >= FULL_SIZE for name in re.findall(r" reduce\((%[\w.-]+)", program))
+
+
 def jax_programs(layers):
     import jax
 
@@ -103,7 +112,11 @@ def main():
             layer.build(SHAPE)
         compile_programs = {"jax": jax_programs, "tensorflow": tensorflow_programs}
         programs, temporary = compile_programs[keras.backend.backend()](layers)
-        found[name] = {"writes": [full_size_writes(p) for p in programs], "temporary": temporary}
+        found[name] = {
+            "writes": [full_size_writes(p) for p in programs],
+            "sums": [full_size_sums(p) for p in programs],
+            "temporary": temporary,
+        }
     json.dump(found, sys.stdout)
 
 

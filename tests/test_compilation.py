@@ -54,6 +54,15 @@ def test_only_outputs_are_written_at_full_size(programs, stack):
 
 @jax_only
 @STACKS
+def test_each_sum_over_the_tensor_is_made_once(programs, stack):
+    only_xla, found = programs
+    if only_xla:
+        pytest.skip("XLA's own sums take other operators")
+    assert found[stack]["sums"] == [1, 4], "squares; gradients, above tau, and times x"
+
+
+@jax_only
+@STACKS
 def test_no_temporary_memory(programs, stack):
     only_xla, found = programs
     # A row of means and statistics: 1 / 24 of the input here.
