@@ -29,7 +29,8 @@ from keras import layers
 import keras_frn
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
-from build_fashion_mnist_resnet import PRESETS, fashion_mnist, run_litert
+from build_fashion_mnist_resnet import fashion_mnist
+from formats import PRESETS, run_litert
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
