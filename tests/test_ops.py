@@ -414,6 +414,36 @@ def test_forward_mode_second_order_and_vmap(rng):
     close(per_sample, numpy(frn_tlu_op(x, **weights, training=True)), VALUE)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="written for PyTorch here")
+# PyTorch's own, where forward mode is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_second_order_and_vmap_on_pytorch(rng):
+    import torch
+    from torch.autograd import forward_ad
+
+    x, direction = (torch.tensor(a) for a in rng.normal(size=(2, 2, 5, 6, 3)).astype("float32"))
+    gamma, beta, tau = only(parameters(rng, 3), "gamma", "beta", "tau").values()
+
+    def as_written(x):
+        scale = torch.rsqrt((x * x).mean((1, 2), keepdim=True) + 1e-6)
+        gamma_, beta_, tau_ = (torch.tensor(w, dtype=x.dtype) for w in (gamma, beta, tau))
+        return torch.maximum(gamma_ * (x * scale) + beta_, tau_)
+
+    def derivatives(function):
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad((function(leaf) ** 2).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), leaf)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), direction)
+            forward = forward_ad.unpack_dual(function(dual)).tangent
+        per_sample = torch.func.vmap(lambda x: function(x[None])[0])(x)
+        return [t.detach().numpy() for t in (first, second, forward, per_sample)]
+
+    ours = derivatives(lambda x: frn_tlu_op(x, gamma, beta, tau, training=True))
+    for actual, expected in zip(ours, derivatives(as_written), strict=True):
+        close(actual, expected, INPUT_GRADIENT)
+
+
 def test_per_example_gradients(rng):
     """The gradients of each sample alone, as in differential privacy, add up to the batch's."""
     x, upstream = rng.normal(size=(2, 4, 6, 5, 3)).astype("float32")
