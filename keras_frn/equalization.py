@@ -338,25 +338,25 @@ class InferenceCopy:
 
     def _next_pooling(self, layer):
         """The `_MaxPooling` behind the layer, or behind its TLU, if nothing else reads either."""
-        while True:
-            outputs = [outputs for caller, _, outputs in self._calls if caller is layer]
-            if len(outputs) != 1 or isinstance(layer, _MaxPooling):
-                return layer if len(outputs) == 1 else None
-            (tensor,) = outputs[0]
-            readers = [
-                (caller, used)
-                for caller, inputs, _ in self._calls
-                for used in inputs
-                if self._tensor(used) is self._tensor(tensor)
-            ]
-            if any(self._tensor(t) is self._tensor(tensor) for t in self.model.outputs):
-                return None
-            # Another tensor is read inside of a nested model, which checks sizes at its border.
-            if len(readers) != 1 or readers[0][1] is not tensor:
-                return None
-            layer = readers[0][0]
-            if not (isinstance(layer, _MaxPooling) or _is_threshold(layer)):
-                return None
+        outputs = [outputs for caller, _, outputs in self._calls if caller is layer]
+        if len(outputs) != 1:
+            return None
+        if isinstance(layer, _MaxPooling):
+            return layer
+        readers = self._readers(outputs[0][0])
+        # Another tensor is read inside of a nested model, which checks sizes at its border.
+        if len(readers) != 1 or readers[0][1] is not outputs[0][0]:
+            return None
+        reader = readers[0][0]
+        passes_on = isinstance(reader, _MaxPooling) or _is_threshold(reader)
+        return self._next_pooling(reader) if passes_on else None
+
+    def _readers(self, tensor):
+        """Pairs of a layer, or None for the model's output, and the tensor as it is read there."""
+        tensor = self._tensor(tensor)
+        calls = [(caller, used) for caller, inputs, _ in self._calls for used in inputs]
+        calls += [(None, output) for output in self.model.outputs]
+        return [(reader, used) for reader, used in calls if self._tensor(used) is tensor]
 
     def equalize(self, batches):
         """Scales each input channel of a normalization to unit root mean square on the batches."""
@@ -411,15 +411,11 @@ class InferenceCopy:
     def _scalable(self, tensor, factor):
         """The layers to scale, with their factors, so that `tensor` is scaled and nothing else."""
         tensor = self._tensor(tensor)
-        uses = [
-            caller.name
-            for caller, inputs, _ in self._calls
-            for used in inputs
-            if self._tensor(used) is tensor
-        ]
-        uses += ["the model's output" for out in self.model.outputs if self._tensor(out) is tensor]
-        if len(uses) > 1:
-            raise _NotScalableError(f"what feeds it also feeds {uses[-1]}")
+        readers = self._readers(tensor)
+        if len(readers) > 1:
+            last = readers[-1][0]
+            name = "the model's output" if last is None else last.name
+            raise _NotScalableError(f"what feeds it also feeds {name}")
         made = [call for call in self._calls if any(t is tensor for t in call[2])]
         if not made:
             raise _NotScalableError("it is fed by the model's input")

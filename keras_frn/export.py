@@ -16,6 +16,7 @@ from .layers import FilterResponseNormalization
 
 _PRESETS = (None, "float16", "dynamic", "int8", "int8_float_statistics", "int16x8")
 _STATIC = ("int8", "int8_float_statistics", "int16x8")
+_BY_QUANTIZER = ("int8", "int8_float_statistics")
 _MAX_SAMPLES = 2048
 # The share of a tensor's values that saturate on either side, and the bins that find it.
 _RARE, _BINS = 2e-4, 4096
@@ -131,6 +132,8 @@ def export_tflite(
     path = _checked_path(path)
     _check_arguments(quantization, integer_io)
     _import_litert()
+    if quantization in _BY_QUANTIZER:
+        _import_quantizer()
     batches = _batches(model, calibration_data, quantization)
     say = print if verbose else lambda *_: None
 
@@ -219,6 +222,16 @@ def _import_litert():
             'LiteRT is needed to verify the file: pip install "keras-frn[export]"'
         ) from error
     return interpreter
+
+
+def _import_quantizer():
+    try:
+        from ai_edge_quantizer import qtyping, quantizer
+    except ImportError as error:
+        raise ImportError(
+            f'ai-edge-quantizer is needed for {_BY_QUANTIZER}: pip install "keras-frn[export]"'
+        ) from error
+    return qtyping, quantizer
 
 
 def _is_functional(model):
@@ -370,7 +383,7 @@ def _converted(model, folder, quantization, batches, integer_io):
             return converter.convert()
 
     try:
-        if quantization not in ("int8", "int8_float_statistics"):
+        if quantization not in _BY_QUANTIZER:
             return convert(quantization), notes
         content = _with_integers(convert(None), quantization, names, batches, integer_io)
         left = _float_operators(content) if quantization == "int8" else []
@@ -381,8 +394,6 @@ def _converted(model, folder, quantization, batches, integer_io):
                 f"{', '.join(left)} in float. There the rarest values do not saturate."
             )
         return content, notes
-    except ImportError:
-        raise
     except Exception as error:
         raise ValueError(
             "`model` must consist of operators that LiteRT has with quantization="
@@ -401,12 +412,7 @@ def _rows(batches, names):
 
 def _with_integers(content, quantization, names, batches, integer_io):
     """Quantizes a float LiteRT file: every operator, or the convolutions and dense layers."""
-    try:
-        from ai_edge_quantizer import qtyping, quantizer
-    except ImportError as error:
-        raise ImportError(
-            f'ai-edge-quantizer is needed for {quantization!r}: pip install "keras-frn[export]"'
-        ) from error
+    qtyping, quantizer = _import_quantizer()
     runtime = _Runtime(content, names, batches, keep_tensors=True)
     operator = qtyping.TFLOperationName
     made = quantizer.Quantizer(_with_sizes(content, runtime.shapes))
@@ -502,9 +508,9 @@ class _Runtime:
         A constant has its own range, channel by channel.
         """
         operators = self._interpreter._get_ops_details()
-        given = {int(detail["index"]) for detail in self._interpreter.get_input_details()}
-        written = given | {int(i) for op in operators for i in op["outputs"]}
-        saturating = _before_normalizations(operators) - given
+        written = {i for operator in operators for i in operator["outputs"]}
+        written |= {detail["index"] for detail in self._interpreter.get_input_details()}
+        saturating = _before_normalizations(operators)
         limits, counts, shapes = {}, {}, {}
 
         def each_tensor():
@@ -541,31 +547,32 @@ class _Runtime:
         return found
 
 
-def _before_normalizations(operators):
-    """The tensors that a reciprocal square root depends on."""
-    maker = {int(output): operator for operator in operators for output in operator["outputs"]}
-    found = set()
-    pending = [int(i) for op in operators if op["op_name"] == "RSQRT" for i in op["inputs"]]
+def _upstream(operators, tensors, borders=()):
+    """The numbers of the operators that tensors depend on, as far as the borders."""
+    maker = {output: i for i, op in enumerate(operators) for output in op["outputs"]}
+    found, pending = set(), list(tensors)
     while pending:
         tensor = pending.pop()
-        if tensor not in found:
-            found.add(tensor)
-            pending += [int(i) for i in maker[tensor]["inputs"]] if tensor in maker else []
+        if tensor in maker and tensor not in borders and maker[tensor] not in found:
+            found.add(maker[tensor])
+            pending += list(operators[maker[tensor]]["inputs"])
     return found
+
+
+def _before_normalizations(operators):
+    """The computed tensors that a reciprocal square root depends on."""
+    roots = [
+        i for operator in operators if operator["op_name"] == "RSQRT" for i in operator["inputs"]
+    ]
+    return {output for i in _upstream(operators, roots) for output in operators[i]["outputs"]}
 
 
 def _number_delegated(operators):
     """How many operators the delegates at the end of the list stand for."""
     plain = [operator for operator in operators if operator["op_name"] != "DELEGATE"]
-    maker = {output: i for i, op in enumerate(plain) for output in op["outputs"]}
     inside = set()
     for delegate in operators[len(plain) :]:
-        borders, pending = set(delegate["inputs"]), list(delegate["outputs"])
-        while pending:
-            tensor = pending.pop()
-            if tensor in maker and tensor not in borders and maker[tensor] not in inside:
-                inside.add(maker[tensor])
-                pending += list(plain[maker[tensor]]["inputs"])
+        inside |= _upstream(plain, delegate["outputs"], set(delegate["inputs"]))
     return len(inside)
 
 
