@@ -395,7 +395,10 @@ def _run(layer, function, weights, inputs, training, arrays, options):
     """Calls the op on the inputs and the weights of these names, and returns the layer's compute
     dtype."""
     dtype = _statistics_dtype(layer)
-    arrays = {"x": ops.cast(inputs, dtype), **arrays}
+    if keras.backend.standardize_dtype(inputs.dtype) != layer.compute_dtype:
+        inputs = ops.cast(inputs, dtype)
+    # In half precision the op casts, where a compiler keeps what it casts out of memory.
+    arrays = {"x": inputs, **arrays}
     for name in weights:
         weight = getattr(layer, name)
         arrays[name] = None if weight is None else ops.cast(weight, dtype)

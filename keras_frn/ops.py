@@ -11,13 +11,14 @@ import numpy as np
 from keras import ops
 
 from .compilation import (
-    computed_once,
+    adds_in_trees,
     divides_gradients_of_means,
     folds_sums,
     maximum,
     maximum_plus,
     outside_cluster,
     square,
+    summed_apart,
     use_gradient_form,
     where,
 )
@@ -80,7 +81,8 @@ def filter_response_normalization(
     if beta is not None:
         beta = _aligned(beta, x, (axis,))
         y = y + (_spread(_per_sample(beta, x), x, partial) if gradient_form else beta)
-    return ops.cast(_unfolded(y, shape) if partial else y, dtype)
+    y = ops.cast(y, dtype)
+    return _unfolded(y, shape) if partial else y
 
 
 def tlu(x, tau, alpha=None, axis=-1, training=False):
@@ -191,7 +193,8 @@ def filter_response_normalization_tlu(
         z = maximum_plus(y, ops.stop_gradient(tau), detour)
     else:
         z = ops.maximum(y, tau)
-    return ops.cast(_unfolded(z, shape) if partial else z, dtype)
+    z = ops.cast(z, dtype)
+    return _unfolded(z, shape) if partial else z
 
 
 def _folded(x, axis, mask, gradient_form):
@@ -271,7 +274,8 @@ def _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial):
 
 def _mean(x, axes, in_parts):
     sizes = [x.shape[axis] for axis in axes]
-    if not in_parts and (None in sizes or math.prod(sizes) <= _LONGEST_SUM):
+    few = None in sizes or math.prod(sizes) <= _LONGEST_SUM
+    if (few and not in_parts) or adds_in_trees():
         return _mean_over(x, axes)
     # One axis at a time: partial sums keep the rounding error small.
     for axis in axes:
@@ -324,8 +328,9 @@ def _detour(tau):
 def _per_sample(parameter, x):
     """The parameter repeated over the batch, so that its gradient is summed within each sample
     first, in one pass with the other sums over the sample, and with less rounding."""
-    shape = (ops.shape(x)[0], *parameter.shape[1:])
-    return computed_once(ops.broadcast_to(parameter, shape))
+    if adds_in_trees():
+        return parameter
+    return summed_apart(ops.broadcast_to(parameter, (ops.shape(x)[0], *parameter.shape[1:])))
 
 
 def _use_gradient_form(x, training):
@@ -340,7 +345,8 @@ def _in_statistics_dtype(x):
     dtype = keras.backend.standardize_dtype(x.dtype)
     if not keras.backend.is_float_dtype(dtype):
         dtype = keras.config.floatx()
-    return ops.cast(x, "float64" if dtype == "float64" else "float32"), dtype
+    with outside_cluster():  # as the reshape that may follow
+        return ops.cast(x, "float64" if dtype == "float64" else "float32"), dtype
 
 
 def _checked(name, parameter, x, axes):

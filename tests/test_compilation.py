@@ -24,14 +24,14 @@ STACKS = pytest.mark.parametrize("stack", ["fused", "one after the other"])
 
 @pytest.fixture(scope="module", params=[True, False], ids=["XLA's fusion", "with CPU libraries"])
 def programs(request):
-    """What XLA compiles: by its own fusion alone, as on GPU and TPU, or with libraries for sums."""
+    """What XLA compiles for a CPU: by its own fusion alone, or with libraries for sums."""
     only_xla = request.param
     flags = "--xla_cpu_experimental_ynn_fusion_type=" if only_xla else ""
     # By default XLA on a CPU cuts sums over more than 32 positions in two.
     shape = SHAPE if only_xla else (4, 40, 48, 32)
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("programs.py"), *map(str, shape)],
-        env={**os.environ, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags},
+        env={**os.environ, "KERAS_BACKEND": BACKEND, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         check=True,
         timeout=300,
@@ -132,6 +132,26 @@ def test_fit_in_each_mode(mode, rng):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
     assert losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+@pytest.mark.parametrize("how", ["jit_compile=True", "torch.compile", "both"])
+@STACKS
+def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
+    """What goes from one graph to another is written at full size, in float32."""
+    import torch
+
+    x = torch.tensor(rng.normal(size=(2, 4, 4, 3)), dtype=torch.bfloat16, requires_grad=True)
+    for layer in STACKS_OF_LAYERS[stack]():
+        layer.jit_compile = True if how != "torch.compile" else None
+        layer.build(x.shape)
+        run = layer if how == "jit_compile=True" else torch.compile(layer, backend="eager")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        run(x)
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_supports_jit():

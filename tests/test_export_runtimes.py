@@ -121,8 +121,7 @@ def test_exports_of_the_jax_backend(format_, unknown, tmp_path):
         (given,) = session.get_inputs()
         outputs = [session.run(None, {given.name: x})[0] for x in batches]
     else:
-        import tensorflow as tf
-
+        tf = pytest.importorskip("tensorflow")
         model.export(path, verbose=False)
         loaded = tf.saved_model.load(path)
         outputs = [loaded.serve(x).numpy() for x in batches]
