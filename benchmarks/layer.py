@@ -8,12 +8,14 @@ Prints milliseconds (least, median, range), the ratio of least times to BatchNor
 and to the formula as written, units of one `x + 1` pass over the same tensor in the same mode, and
 "of copy": the least traffic (x is read twice and z written; then x and the gradient are read twice
 and one gradient written) per second, against the traffic of `x + 1` per second. Writes CSV and a
-plot to `benchmarks/results/`."""
+plot to `benchmarks/results/`. On a GPU or TPU a run is ten calls in a row, started before the first
+has ended, so that the device and not the host is timed, and the tensor is larger."""
 
 import argparse
 import csv
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -34,12 +36,35 @@ MODES = {
 }[BACKEND]
 
 
+def accelerator():
+    """The name of the GPU or TPU that the backend computes on, or None."""
+    if BACKEND == "jax":
+        import jax
+
+        return None if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    if BACKEND == "torch":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    import tensorflow as tf
+
+    found = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(found[0])["device_name"] if found else None
+
+
+DEVICE = accelerator()
+CALLS = 10 if DEVICE else 1
+# Results of a processor and of an accelerator lie side by side.
+SUFFIX = "_" + re.sub(r"\W+", "_", DEVICE) if DEVICE else ""
+
+
 class AsWritten(keras_frn.FilterResponseNormalizationTLU):
     """max(gamma * (x * r) + beta, tau), as in the paper."""
 
     def call(self, x, training=None):
         axes = tuple(range(1, len(x.shape) - 1))
-        nu2 = ops.mean(ops.square(ops.cast(x, "float32")), axis=axes, keepdims=True)
+        x = ops.cast(x, "float32")
+        nu2 = ops.mean(ops.square(x), axis=axes, keepdims=True)
         y = self.gamma * (x * ops.rsqrt(nu2 + 1e-6)) + self.beta
         return ops.cast(ops.maximum(y, self.tau), self.compute_dtype)
 
@@ -70,13 +95,12 @@ def peers(axis, jit_compile):
 
 
 def programs(stack, x, upstream, mode):
-    """Functions of no arguments that run forward, and forward and backward, and wait."""
+    """Functions of no arguments that start forward, and forward and backward."""
     for layer in stack:
         layer.build(x.shape)
     if BACKEND == "jax":
         import jax
 
-        x, upstream = jax.device_put(x), jax.device_put(upstream)
         weights = [[v.value for v in layer.trainable_variables] for layer in stack]
         state = [[v.value for v in layer.non_trainable_variables] for layer in stack]
 
@@ -95,10 +119,7 @@ def programs(stack, x, upstream, mode):
             return z, pullback(upstream), updates
 
         forward, both = jax.jit(forward), jax.jit(both)
-        return (
-            lambda: jax.block_until_ready(forward(x, weights, state)),
-            lambda: jax.block_until_ready(both(x, weights, state, upstream)),
-        )
+        return lambda: forward(x, weights, state), lambda: both(x, weights, state, upstream)
 
     def call(x):
         for layer in stack:
@@ -108,8 +129,6 @@ def programs(stack, x, upstream, mode):
     weights = [v.value for layer in stack for v in layer.trainable_variables]
     if BACKEND == "tensorflow":
         import tensorflow as tf
-
-        x, upstream = tf.constant(x), tf.constant(upstream)
 
         def both(x, upstream):
             with tf.GradientTape() as tape:
@@ -124,8 +143,9 @@ def programs(stack, x, upstream, mode):
         return lambda: forward(x), lambda: both(x, upstream)
     import torch
 
-    x = torch.tensor(x, requires_grad=True)
-    upstream = torch.tensor(upstream)
+    x = x.detach().requires_grad_()
+    # Beyond this limit, which Keras' layers reach together, a function runs uncompiled.
+    torch._dynamo.config.recompile_limit = 1000
     # Keras' own layers cannot be compiled alone; what they call can.
     run = torch.compile(call) if mode == "compile" else call
 
@@ -136,11 +156,38 @@ def programs(stack, x, upstream, mode):
     return forward, lambda: torch.autograd.grad(run(x), [x, *weights], upstream)
 
 
+def wait(result):
+    """Until what was started has ended."""
+    if BACKEND == "jax":
+        import jax
+
+        jax.block_until_ready(result)
+    elif DEVICE and BACKEND == "torch":
+        import torch
+
+        torch.cuda.synchronize()
+    elif DEVICE:
+        import tensorflow as tf
+
+        tf.test.experimental.sync_devices()
+
+
+def milliseconds(start):
+    """Of one call."""
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        result = start()
+    wait(result)
+    return 1e3 * (time.perf_counter() - begin) / CALLS
+
+
 def measure(shape, mode, dtype, repeats, axis=-1, names=None):
     """Rows of one table: least, median and largest milliseconds of each peer, interleaved."""
     rng = np.random.default_rng(0)
-    numpy_dtype = ops.convert_to_numpy(ops.zeros((), dtype)).dtype
-    x, upstream = (rng.standard_normal(shape, "float32").astype(numpy_dtype) for _ in range(2))
+    x, upstream = (
+        ops.convert_to_tensor(rng.standard_normal(shape, "float32"), dtype) for _ in range(2)
+    )
+    itemsize = 4 if dtype == "float32" else 2
     keras.config.set_dtype_policy(f"mixed_{dtype}" if dtype != "float32" else dtype)
     stacks = peers(axis, True if mode.endswith("jit_compile=True") else None)
     functions = {
@@ -155,13 +202,11 @@ def measure(shape, mode, dtype, repeats, axis=-1, names=None):
         times = {name: [] for name in functions}
         for name in functions:
             for _ in range(2):
-                functions[name][which]()
+                wait(functions[name][which]())
         for _ in range(repeats):
             for name in functions:
-                functions[name][which]()  # takes the memory that the one before it gave back
-                start = time.perf_counter()
-                functions[name][which]()
-                times[name].append(1e3 * (time.perf_counter() - start))
+                wait(functions[name][which]())  # takes the memory that the one before it gave back
+                times[name].append(milliseconds(functions[name][which]))
         least = {name: min(t) for name, t in times.items()}
         for name, t in times.items():
             traffic = 2 if name == "x + 1" else (3, 8)[which]
@@ -177,7 +222,7 @@ def measure(shape, mode, dtype, repeats, axis=-1, names=None):
                 "median_ms": float(np.median(t)),
                 "max_ms": max(t),
                 "passes": min(t) / least["x + 1"],
-                "gb_per_s": traffic * np.prod(shape) * numpy_dtype.itemsize / min(t) / 1e6,
+                "gb_per_s": traffic * np.prod(shape) * itemsize / min(t) / 1e6,
             }
             row["of_copy"] = traffic / 2 / row["passes"]
             for key, other in (("bn", "BatchNormalization + ReLU"), ("written", "FRN as written")):
@@ -219,7 +264,9 @@ GROWTH = [
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=int, nargs="+", default=[32, 56, 56, 64])
+    # On an accelerator a tensor must be many times its cache for the memory to be measured.
+    shape = [256, 112, 112, 64] if DEVICE else [32, 56, 56, 64]
+    parser.add_argument("--shape", type=int, nargs="+", default=shape)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--repeats", type=int, default=20)
@@ -244,32 +291,23 @@ def main():
             rows += measure(tuple(arguments.shape), mode, arguments.dtype, arguments.repeats)
             show([r for r in rows if r["mode"] == mode])
     RESULTS.mkdir(exist_ok=True)
-    name = f"layer_{'growth_' if arguments.growth else ''}{BACKEND}_{arguments.dtype}"
+    name = f"layer_{'growth_' if arguments.growth else ''}{BACKEND}_{arguments.dtype}{SUFFIX}"
     write(rows, RESULTS / f"{name}.csv")
     if not arguments.growth:
         plot(rows, RESULTS / f"{name}.png")
-
-
-def device():
-    """The processor or the accelerator, in words."""
-    if BACKEND == "jax":
-        import jax
-
-        if jax.default_backend() != "cpu":
-            return jax.devices()[0].device_kind
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def write(rows, path):
     versions = (
         f"keras {keras.__version__}, {BACKEND} {_version()}, keras_frn {keras_frn.__version__}"
     )
+    device = DEVICE or f"CPU, {os.cpu_count()} cores, {platform.machine()}"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "device", "versions"])
         writer.writeheader()
         for row in rows:
             row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow({**row, "device": device(), "versions": versions})
+            writer.writerow({**row, "device": device, "versions": versions})
 
 
 def _version():

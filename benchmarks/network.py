@@ -15,7 +15,7 @@ import time
 import keras
 import numpy as np
 from keras import layers
-from layer import BACKEND, RESULTS, AsWritten, write
+from layer import BACKEND, RESULTS, SUFFIX, AsWritten, write
 
 import keras_frn
 
@@ -129,7 +129,7 @@ def main():
             keras.backend.clear_session()
             gc.collect()
     RESULTS.mkdir(exist_ok=True)
-    write(rows, RESULTS / f"network_{BACKEND}.csv")
+    write(rows, RESULTS / f"network_{BACKEND}{SUFFIX}.csv")
 
 
 if __name__ == "__main__":
