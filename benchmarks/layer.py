@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import time
+import types
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -144,10 +145,13 @@ def programs(stack, x, upstream, mode):
     import torch
 
     x = x.detach().requires_grad_()
-    # Beyond this limit, which Keras' layers reach together, a function runs uncompiled.
-    torch._dynamo.config.recompile_limit = 1000
-    # Keras' own layers cannot be compiled alone; what they call can.
-    run = torch.compile(call) if mode == "compile" else call
+    run = call
+    if mode == "compile":
+        # What is compiled is kept with the code: with one for all, each stack would be compiled in
+        # a more general form than the one before it, and from the eighth on not at all.
+        torch._dynamo.config.recompile_limit = 1000
+        code = call.__code__.replace()
+        run = torch.compile(types.FunctionType(code, call.__globals__, closure=call.__closure__))
 
     def forward():
         with torch.no_grad():
