@@ -24,6 +24,7 @@ SHAPES = [
     pytest.param((2, 4, 4, 1), -1, id="one channel"),
     pytest.param((2, 64, 64, 3), -1, id="4,096 positions"),
 ]
+jax_only = pytest.mark.skipif(BACKEND != "jax", reason="JAX's form")
 FORMS = pytest.mark.parametrize("training", [False, True], ids=["inference form", "gradient form"])
 
 
@@ -56,9 +57,16 @@ def check(function, x, weights, upstream, expected_options, axis, mask=None, **o
         close(found[name].reshape(-1), np.reshape(expected_gradients[name], -1), PARAMETER_GRADIENT)
 
 
+@pytest.fixture(params=["here", pytest.param("on a GPU", marks=jax_only)])
+def sums(request, monkeypatch):
+    """The form of the sums that JAX takes on this machine, and on a GPU."""
+    if request.param == "on a GPU":
+        monkeypatch.setattr("keras_frn.ops.adds_in_trees", lambda: True)
+
+
 @FORMS
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_values_and_gradients(shape, axis, training, rng):
+def test_values_and_gradients(shape, axis, training, sums, rng):
     x, upstream = rng.normal(0.5, 2.0, (2, *shape)).astype("float32")
     weights = parameters(rng, shape[axis])
     # With one position the gradient of x vanishes as epsilon does; the paper learns it there.
@@ -437,7 +445,12 @@ def test_forward_mode_second_order_and_vmap_on_pytorch(rng):
             dual = forward_ad.make_dual(x.clone().requires_grad_(), direction)
             forward = forward_ad.unpack_dual(function(dual)).tangent
         per_sample = torch.func.vmap(lambda x: function(x[None])[0])(x)
-        return [t.detach().numpy() for t in (first, second, forward, per_sample)]
+        per_sample_gradient = torch.func.vmap(
+            torch.func.grad(lambda x: (function(x[None]) ** 2).sum())
+        )(x)
+        return [
+            t.detach().numpy() for t in (first, second, forward, per_sample, per_sample_gradient)
+        ]
 
     ours = derivatives(lambda x: frn_tlu_op(x, gamma, beta, tau, training=True))
     for actual, expected in zip(ours, derivatives(as_written), strict=True):
