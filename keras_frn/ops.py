@@ -274,8 +274,9 @@ def _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial):
 
 def _mean(x, axes, in_parts):
     sizes = [x.shape[axis] for axis in axes]
-    few = None in sizes or math.prod(sizes) <= _LONGEST_SUM
-    if (few and not in_parts) or adds_in_trees():
+    if adds_in_trees():
+        return _mean_over(x, axes)
+    if not in_parts and (None in sizes or math.prod(sizes) <= _LONGEST_SUM):
         return _mean_over(x, axes)
     # One axis at a time: partial sums keep the rounding error small.
     for axis in axes:
