@@ -154,6 +154,21 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
         assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+@pytest.mark.parametrize("affine", [False, True])
+@STACKS
+def test_torch_keeps_only_the_input(stack, affine, rng):
+    import torch
+
+    x = torch.tensor(rng.normal(size=(2, 8, 8, 16)), dtype=torch.float32, requires_grad=True)
+    for layer in STACKS_OF_LAYERS[stack]():
+        layer.jit_compile = True
+        layer.affine = affine and hasattr(layer, "affine")
+        layer.build(x.shape)
+        kept = layer(x).grad_fn.saved_tensors
+        assert [t.data_ptr() for t in kept if t.numel() >= x.numel()] == [x.data_ptr()]
+
+
 def test_supports_jit():
     for cls in (FilterResponseNormalization, TLU, FilterResponseNormalizationTLU):
         assert cls().supports_jit
