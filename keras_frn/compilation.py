@@ -8,6 +8,7 @@ import contextvars
 import functools
 import itertools
 import math
+import types
 
 import keras
 from keras import ops
@@ -256,13 +257,18 @@ def _compiled(function, options, shapes):
         import torch
         from torch.utils.checkpoint import checkpoint
 
-        def recomputed(arrays):
-            return checkpoint(call, arrays, use_reentrant=False, preserve_rng_state=False)
-
         # What sums nothing is made again in the backward pass. Else PyTorch writes the mask of the
         # maximum: forward + backward of a TLU at 32x56x56x64 49 ms, and 7 so.
-        has_statistics = "epsilon" in {*dict(options), *dict(shapes)}
-        return torch.compile(call if has_statistics else recomputed)
+        recompute = "epsilon" not in {*dict(options), *dict(shapes)}
+
+        def compiled(arrays):
+            if recompute and torch.compiler.is_compiling():
+                return checkpoint(call, arrays, use_reentrant=False, preserve_rng_state=False)
+            return call(arrays)
+
+        # PyTorch counts versions by code, and gives up at the eighth: each has code of its own.
+        own = compiled.__code__.replace()
+        return torch.compile(types.FunctionType(own, globals(), closure=compiled.__closure__))
     raise ValueError(
         "`jit_compile=True` must run on the TensorFlow, JAX or PyTorch backend. Received: "
         f"backend={backend!r}. Pass `jit_compile=None`."

@@ -1,7 +1,6 @@
 """The three layers: weights and config. The mathematics is in `ops`."""
 
 import keras
-import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from . import arguments
@@ -143,9 +142,7 @@ class FilterResponseNormalization(keras.layers.Layer):
             dtype = _statistics_dtype(self)
             learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
             # An array: a schedule that assigns the weight reaches a traced program.
-            arrays["epsilon"] = learned + ops.convert_to_tensor(
-                np.asarray(options.pop("epsilon"), dtype)
-            )
+            arrays["epsilon"] = learned + ops.convert_to_tensor(options.pop("epsilon"), dtype)
         return _run(self, function, weights, inputs, training, arrays, options)
 
     def compute_output_shape(self, input_shape):

@@ -142,7 +142,8 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
     import torch
 
     x = torch.tensor(rng.normal(size=(2, 4, 4, 3)), dtype=torch.bfloat16, requires_grad=True)
-    for layer in STACKS_OF_LAYERS[stack]():
+    learned = FilterResponseNormalizationTLU(learned_epsilon=True)
+    for layer in [*STACKS_OF_LAYERS[stack](), learned]:
         layer.jit_compile = True if how != "torch.compile" else None
         layer.build(x.shape)
         run = layer if how == "jit_compile=True" else torch.compile(layer, backend="eager")
@@ -152,6 +153,36 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
         counters = torch._dynamo.utils.counters
         assert not counters["graph_break"]
         assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+def test_torch_compiles_every_layer_of_a_large_model(rng):
+    """It gives up at the eighth version of a function, and runs it as it is."""
+    import torch
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for channels in range(1, 13):
+        layer = TLU(jit_compile=True)
+        layer(rng.normal(size=(2, 3, channels)).astype("float32"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+def test_torch_transforms_of_compiled_layers(rng):
+    import torch
+
+    x = torch.tensor(rng.normal(size=(3, 4, 5, 2)).astype("float32"))
+    for layer in (TLU(), FilterResponseNormalizationTLU()):
+        layer.build(x.shape)
+
+        def gradients(layer=layer):
+            gradient = torch.func.grad(lambda x: (layer(x[None]) ** 2).sum())
+            return torch.func.vmap(gradient)(x)
+
+        expected = gradients()
+        layer.jit_compile = True
+        torch.testing.assert_close(gradients(), expected)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
