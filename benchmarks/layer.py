@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import time
-import types
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -27,6 +26,7 @@ import numpy as np
 from keras import layers, ops
 
 import keras_frn
+from keras_frn.compilation import with_own_code
 
 BACKEND = keras.backend.backend()
 RESULTS = Path(__file__).parent / "results"
@@ -147,11 +147,8 @@ def programs(stack, x, upstream, mode):
     x = x.detach().requires_grad_()
     run = call
     if mode == "compile":
-        # What is compiled is kept with the code: with one for all, each stack would be compiled in
-        # a more general form than the one before it, and from the eighth on not at all.
-        torch._dynamo.config.recompile_limit = 1000
-        code = call.__code__.replace()
-        run = torch.compile(types.FunctionType(code, call.__globals__, closure=call.__closure__))
+        torch._dynamo.config.recompile_limit = 1000  # Keras' own functions serve all stacks
+        run = torch.compile(with_own_code(call))
 
     def forward():
         with torch.no_grad():

@@ -19,7 +19,7 @@ import jax
 import keras
 import numpy as np
 from keras import layers
-from layer import RESULTS, AsWritten, write
+from layer import RESULTS, SUFFIX, AsWritten, write
 from network import resnet20
 
 import keras_frn
@@ -136,7 +136,7 @@ def main():
         model = volume_network(normalize)
         side = largest(lambda n, m=model: network_bytes(m, (1, n, n, n, 1)) <= budget, 16)
         show("3D network, batch 1", name, f"largest side in {arguments.budget} MB", side)
-    write(rows, RESULTS / "memory_jax.csv")
+    write(rows, RESULTS / f"memory_jax{SUFFIX}.csv")
 
 
 if __name__ == "__main__":

@@ -343,9 +343,10 @@ class InferenceCopy:
             return None
         if isinstance(layer, _MaxPooling):
             return layer
-        readers = self._readers(outputs[0][0])
+        (tensor,) = outputs[0]
+        readers = self._readers(tensor)
         # Another tensor is read inside of a nested model, which checks sizes at its border.
-        if len(readers) != 1 or readers[0][1] is not outputs[0][0]:
+        if len(readers) != 1 or readers[0][1] is not tensor:
             return None
         reader = readers[0][0]
         passes_on = isinstance(reader, _MaxPooling) or _is_threshold(reader)

@@ -81,8 +81,7 @@ def filter_response_normalization(
     if beta is not None:
         beta = _aligned(beta, x, (axis,))
         y = y + (_spread(_per_sample(beta, x), x, partial) if gradient_form else beta)
-    y = ops.cast(y, dtype)
-    return _unfolded(y, shape) if partial else y
+    return _unfolded(y, dtype, shape, partial)
 
 
 def tlu(x, tau, alpha=None, axis=-1, training=False):
@@ -193,8 +192,7 @@ def filter_response_normalization_tlu(
         z = maximum_plus(y, ops.stop_gradient(tau), detour)
     else:
         z = ops.maximum(y, tau)
-    z = ops.cast(z, dtype)
-    return _unfolded(z, shape) if partial else z
+    return _unfolded(z, dtype, shape, partial)
 
 
 def _folded(x, axis, mask, gradient_form):
@@ -218,7 +216,10 @@ def _folded(x, axis, mask, gradient_form):
         return ops.reshape(x, shape), 3, 1
 
 
-def _unfolded(x, shape):
+def _unfolded(x, dtype, shape, partial):
+    x = ops.cast(x, dtype)  # first, so that a cluster, which ends here, returns this dtype
+    if partial is None:
+        return x
     with outside_cluster():
         return ops.reshape(x, shape)
 
@@ -274,9 +275,7 @@ def _scaled(x, gamma, axis, epsilon, mask, gradient_form, partial):
 
 def _mean(x, axes, in_parts):
     sizes = [x.shape[axis] for axis in axes]
-    if adds_in_trees():
-        return _mean_over(x, axes)
-    if not in_parts and (None in sizes or math.prod(sizes) <= _LONGEST_SUM):
+    if adds_in_trees() or (not in_parts and (None in sizes or math.prod(sizes) <= _LONGEST_SUM)):
         return _mean_over(x, axes)
     # One axis at a time: partial sums keep the rounding error small.
     for axis in axes:

@@ -9,6 +9,7 @@ import numpy as np
 
 import keras_frn
 
+PACKAGES = ("keras", "tensorflow", "ai-edge-litert", "ai-edge-quantizer", "onnxruntime")
 PRESETS = {
     "float32": None,
     "float16": "float16",
@@ -100,8 +101,7 @@ def write(model, folder, calibration_data, images, labels, scale, card):
         "made_with": {
             "keras_frn": keras_frn.__version__,
             "python": platform.python_version(),
-            **{name: version(name) for name in ("keras", "tensorflow", "ai-edge-litert")},
-            **{name: version(name) for name in ("ai-edge-quantizer", "onnxruntime")},
+            **{name: version(name) for name in PACKAGES},
         },
         "rebuild": f"python saved_models/build_{folder.name}.py",
     }

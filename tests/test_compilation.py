@@ -17,6 +17,7 @@ from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizat
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow graphs")
 jax_only = pytest.mark.skipif(BACKEND != "jax", reason="of JAX programs")
+torch_only = pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
 compiled_by_xla = pytest.mark.skipif(BACKEND == "torch", reason="reads XLA programs")
 
 STACKS = pytest.mark.parametrize("stack", ["fused", "one after the other"])
@@ -134,7 +135,7 @@ def test_fit_in_each_mode(mode, rng):
     assert losses[1][-1] < losses[1][0]
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+@torch_only
 @pytest.mark.parametrize("how", ["jit_compile=True", "torch.compile", "both"])
 @STACKS
 def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
@@ -155,7 +156,7 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
         assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+@torch_only
 def test_torch_compiles_every_layer_of_a_large_model(rng):
     """It gives up at the eighth version of a function, and runs it as it is."""
     import torch
@@ -168,7 +169,7 @@ def test_torch_compiles_every_layer_of_a_large_model(rng):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 12
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+@torch_only
 def test_torch_transforms_of_compiled_layers(rng):
     import torch
 
@@ -185,7 +186,7 @@ def test_torch_transforms_of_compiled_layers(rng):
         torch.testing.assert_close(gradients(), expected)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="of torch.compile")
+@torch_only
 @pytest.mark.parametrize("affine", [False, True])
 @STACKS
 def test_torch_keeps_only_the_input(stack, affine, rng):
