@@ -1,33 +1,45 @@
-"""The three layers: weights and config. The mathematics is in `ops`."""
+"""The three layers: weights and config. The mathematics is in `ops`.
+
+Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in
+the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+
+import math
+import numbers
+import warnings
 
 import keras
+import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
-from . import arguments
-from . import ops as frn_ops
 from .compilation import run
+from .ops import (
+    filter_response_normalization,
+    filter_response_normalization_tlu,
+    sorted_axes,
+    tlu,
+)
+
+# The learned epsilon starts here, as in the paper.
+_START_OF_EPSILON = 1e-4
 
 
 @keras.saving.register_keras_serializable(package="keras_frn")
 class FilterResponseNormalization(keras.layers.Layer):
-    """Filter Response Normalization (FRN).
+    """Filter Response Normalization (FRN), in the place of BatchNormalization.
 
     ```
     nu2 = mean(x * x)          over the spatial positions of one sample and channel
     y   = gamma * x / sqrt(nu2 + epsilon + |learned_epsilon|) + beta
     ```
 
-    Each channel of each sample is divided by its own root mean square. There are no batch
-    statistics: training and inference compute the same function, and a sample's result does not
-    depend on the others. Follow it with `TLU`, not ReLU (the mean is not subtracted, so the
-    threshold has to be learned), or use `FilterResponseNormalizationTLU`. Where there is one
-    spatial position (dense features, 1x1 maps), use `learned_epsilon=True`: with a small constant
-    epsilon, `x / sqrt(x * x)` is the sign of x, and its gradient is zero.
+    There are no batch statistics: training and inference compute the same function, and a sample's
+    result does not depend on the others. Follow it with `TLU`: the mean is not subtracted, so the
+    threshold has to be learned. Where there is one spatial position (dense features, 1x1 maps), use
+    `learned_epsilon=True`: with a small constant epsilon the output is the sign of x.
 
     Shape:
         Input and output: `(batch, *spatial, channels)`, or `(batch, channels, *spatial)` with
-        `axis=1`. Rank 2 or more; spatial sizes may be unknown and may change from call to call, the
-        channel size must be known.
+        `axis=1`. Spatial sizes may be unknown and may change from call to call.
 
     Args:
         axis: Int, the channel axis, as in `keras.layers.BatchNormalization`. Defaults to -1.
@@ -35,49 +47,40 @@ class FilterResponseNormalization(keras.layers.Layer):
             allowed with a learned epsilon). Defaults to 1e-6.
         learned_epsilon: False, True (one learned epsilon per layer, as in the paper), or
             `"per_channel"`. Defaults to False.
-        center: Whether to add `beta`. Defaults to True.
-        scale: Whether to multiply by `gamma`. Defaults to True.
+        center: Whether to add the offset `beta`. Defaults to True.
+        scale: Whether to multiply by the scale `gamma`. Defaults to True.
         beta_initializer: Defaults to `"zeros"`.
         gamma_initializer: Defaults to `"ones"`.
         learned_epsilon_initializer: Defaults to `Constant(1e-4)`. At exactly 0 it would stay there.
         beta_regularizer, gamma_regularizer, learned_epsilon_regularizer: Default to None.
         beta_constraint, gamma_constraint, learned_epsilon_constraint: Default to None.
-        jit_compile: True makes the layer one XLA cluster of its own (`torch.compile` on PyTorch),
-            eager or in a graph that is not compiled as a whole; when training, its gradient is one,
-            too. False adds no compilation. None chooses what measures best: a cluster in TensorFlow
-            graphs that train, unless the input is known to be small. Defaults to None.
+        jit_compile: None and False add nothing: `model.compile(jit_compile=...)` covers the layer.
+            True compiles this layer alone, by XLA or, on PyTorch, by `torch.compile`; in eager mode
+            all layers of the same shape and options share a program. Defaults to None.
         **kwargs: `name`, `dtype`, `trainable`. With a half-precision dtype the layer computes in
             float32; under mixed precision its weights are float32.
 
     Call arguments:
         inputs: Float or integer tensor.
-        training: Chooses between two forms of the same function: the one with the cheaper gradient
-            when True.
         mask: Booleans, the shape of the input without the channel axis or a leading part of it.
-            Positions where it is False do not count in the mean. The mask passes on to the next
-            layer.
+            Positions where it is False do not count in the mean. The mask passes on.
 
     Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or
     `(channels,)`; an attribute is None where the layer has no such weight.
 
+    Raises:
+        ValueError: if an argument is out of its range, or, when the layer is built, if the input
+            has rank 1, an unknown channel size or not as many channels as `epsilon`.
+
     Example:
 
-    >>> model = keras.Sequential([
-    ...     keras.Input((32, 32, 3)),
-    ...     keras.layers.Conv2D(16, 3, use_bias=False),
-    ...     keras_frn.FilterResponseNormalization(),
-    ...     keras_frn.TLU(),
-    ... ])
-
-    Raises:
-        ValueError: if an argument, the rank or the channel size does not fit.
-
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
-    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    >>> layer = keras_frn.FilterResponseNormalization()
+    >>> y = layer(np.ones((2, 32, 32, 16)))"""
 
     def __init__(
         self,
         axis=-1,
+        *,
         epsilon=1e-6,
         learned_epsilon=False,
         center=True,
@@ -99,14 +102,14 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.autocast = False
         self.supports_masking = True
         self.supports_jit = True
-        self.axis = arguments.channel_axis(axis)
-        self.use_learned_epsilon = arguments.learned_epsilon(learned_epsilon)
-        self.epsilon = arguments.epsilon(epsilon, learned_epsilon)
+        self.axis = _checked_axis(axis)
+        self.use_learned_epsilon = _checked_learned_epsilon(learned_epsilon)
+        self.epsilon = _checked_epsilon(epsilon, learned_epsilon)
         self.center = center
         self.scale = scale
-        self.jit_compile = arguments.jit_compile(jit_compile)
+        self.jit_compile = _checked_jit_compile(jit_compile)
         if learned_epsilon_initializer is None:
-            learned_epsilon_initializer = initializers.Constant(1e-4)
+            learned_epsilon_initializer = initializers.Constant(_START_OF_EPSILON)
         self.beta_initializer = initializers.get(beta_initializer)
         self.gamma_initializer = initializers.get(gamma_initializer)
         self.learned_epsilon_initializer = initializers.get(learned_epsilon_initializer)
@@ -121,9 +124,9 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.learned_epsilon = None
 
     def build(self, input_shape):
-        (axis,), channels = arguments.sizes(self, input_shape)
+        (axis,), channels = _axes_and_sizes(self, input_shape)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels[0]})
-        arguments.check_epsilon(self, input_shape, _statistics_dtype(self))
+        _check_epsilon_fits(self, input_shape)
         if self.scale:
             self.gamma = _add_weight(self, "gamma", channels)
         if self.center:
@@ -132,18 +135,16 @@ class FilterResponseNormalization(keras.layers.Layer):
             shape = channels if self.use_learned_epsilon == "per_channel" else (1,)
             self.learned_epsilon = _add_weight(self, "learned_epsilon", shape)
 
-    def call(self, inputs, training=None, mask=None):
-        weights = ("gamma", "beta")
-        return self._run(frn_ops.filter_response_normalization, weights, inputs, training, mask)
+    def call(self, inputs, mask=None):
+        weights = {"gamma": self.gamma, "beta": self.beta, "epsilon": self._epsilon()}
+        return _apply(self, filter_response_normalization, inputs, mask=mask, **weights)
 
-    def _run(self, function, weights, inputs, training, mask):
-        arrays, options = {"mask": mask}, {"epsilon": self.epsilon}
-        if self.use_learned_epsilon:
-            dtype = _statistics_dtype(self)
-            learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
-            # An array: a schedule that assigns the weight reaches a traced program.
-            arrays["epsilon"] = learned + ops.convert_to_tensor(options.pop("epsilon"), dtype)
-        return _run(self, function, weights, inputs, training, arrays, options)
+    def _epsilon(self):
+        if not self.use_learned_epsilon:
+            return self.epsilon
+        dtype = _statistics_dtype(self)
+        learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
+        return learned + ops.convert_to_tensor(self.epsilon, dtype)
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
@@ -163,53 +164,43 @@ class FilterResponseNormalization(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="keras_frn")
 class TLU(keras.layers.Layer):
-    """Thresholded Linear Unit (TLU).
+    """Thresholded Linear Unit (TLU), a ReLU with a learned threshold, to follow FRN.
 
     ```
     z = max(x, tau)            or, with affine=True,    z = max(x, alpha * x + tau)
     ```
 
-    A ReLU whose threshold is learned, for use after Filter Response Normalization, which does not
-    subtract the mean. The result is the maximum to the last bit, for every tau.
+    The result is the maximum to the last bit, for every tau.
 
     Shape:
-        Input and output: any shape of rank 2 or more. Sizes along `axis` must be known, others may
-        be unknown and may change from call to call.
+        Input and output: any shape of rank 2 or more. Sizes along `axis` must be known.
 
     Args:
         axis: Int or tuple, the axes along which tau varies (`keras.layers.PReLU(shared_axes=...)`
             names the others). -1 gives one threshold per channel, as in the paper; `(1, 2, 3)` one
             per position of an image. Defaults to -1.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
-        tau_initializer: Defaults to `"zeros"`.
-        alpha_initializer: Defaults to `"zeros"`.
-        tau_regularizer, alpha_regularizer: Default to None.
-        tau_constraint, alpha_constraint: Default to None.
+        tau_initializer, alpha_initializer: Default to `"zeros"`.
+        tau_regularizer, alpha_regularizer, tau_constraint, alpha_constraint: Default to None.
         jit_compile: As in `FilterResponseNormalization`. Defaults to None.
         **kwargs: `name`, `dtype`, `trainable`.
-
-    Call arguments:
-        inputs: Float or integer tensor.
-        training: Chooses between two forms of the same function: the one with the cheaper gradient
-            when True.
 
     Weights, in this order: `tau`, `alpha`, of the input's sizes along `axis`, axes in ascending
     order; `alpha` is None without `affine`.
 
+    Raises:
+        ValueError: if an argument is out of its range, or, when the layer is built, if `axis` names
+            an axis that the input does not have, or one of unknown size.
+
     Example:
 
     >>> layer = keras_frn.TLU(tau_initializer=keras.initializers.Constant(-1.0))
-    >>> z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]
-
-    Raises:
-        ValueError: if an argument, the rank or a size does not fit.
-
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
-    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    >>> z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]"""
 
     def __init__(
         self,
         axis=-1,
+        *,
         affine=False,
         tau_initializer="zeros",
         alpha_initializer="zeros",
@@ -224,9 +215,9 @@ class TLU(keras.layers.Layer):
         self.autocast = False
         self.supports_masking = True
         self.supports_jit = True
-        self.axis = arguments.threshold_axis(axis)
+        self.axis = _checked_axes(axis)
         self.affine = affine
-        self.jit_compile = arguments.jit_compile(jit_compile)
+        self.jit_compile = _checked_jit_compile(jit_compile)
         self.tau_initializer = initializers.get(tau_initializer)
         self.alpha_initializer = initializers.get(alpha_initializer)
         self.tau_regularizer = regularizers.get(tau_regularizer)
@@ -237,14 +228,14 @@ class TLU(keras.layers.Layer):
         self.alpha = None
 
     def build(self, input_shape):
-        axes, sizes = arguments.sizes(self, input_shape)
+        axes, sizes = _axes_and_sizes(self, input_shape)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=dict(zip(axes, sizes)))
         self.tau = _add_weight(self, "tau", sizes)
         if self.affine:
             self.alpha = _add_weight(self, "alpha", sizes)
 
-    def call(self, inputs, training=None):
-        return _run(self, frn_ops.tlu, ("tau", "alpha"), inputs, training, {}, {})
+    def call(self, inputs):
+        return _apply(self, tlu, inputs, tau=self.tau, alpha=self.alpha)
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
@@ -283,85 +274,38 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
     z   = max(y, tau)          or, with affine=True, z = max(y, alpha * y + tau)
     ```
 
-    Equal to `FilterResponseNormalization` followed by `TLU`, and the fastest way to have both: one
-    XLA cluster, one pass for all sums of the backward step, and no full-size tensor kept for it but
-    the input.
-
-    Shape:
-        Input and output: as in `FilterResponseNormalization`.
+    Equal to `FilterResponseNormalization` followed by `TLU`, in half as many layers.
 
     Args:
+        axis: Int, the channel axis. Defaults to -1.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
         tau_initializer, alpha_initializer: Default to `"zeros"`.
-        tau_regularizer, alpha_regularizer: Default to None.
-        tau_constraint, alpha_constraint: Default to None.
-        axis, epsilon, learned_epsilon, center, scale, jit_compile, beta_*, gamma_*,
-            learned_epsilon_*, **kwargs: As in `FilterResponseNormalization`.
+        tau_regularizer, alpha_regularizer, tau_constraint, alpha_constraint: Default to None.
+        **kwargs: As in `FilterResponseNormalization`: `epsilon`, `learned_epsilon`, `center`,
+            `scale`, initializers, regularizers and constraints, `jit_compile`, `name`, `dtype`.
 
-    Call arguments: as in `FilterResponseNormalization`.
-
-    Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or
-    `(channels,)`, `tau (channels,)`, `alpha (channels,)`; an attribute is None where the layer has
-    no such weight.
+    Shape, call arguments, errors: as in `FilterResponseNormalization`. Weights, in this order:
+    `gamma`, `beta`, `learned_epsilon`, then `tau (channels,)`, `alpha (channels,)`.
 
     Example:
 
-    >>> model = keras.Sequential([
-    ...     keras.Input((32, 32, 3)),
-    ...     keras.layers.Conv2D(16, 3, use_bias=False),
-    ...     keras_frn.FilterResponseNormalizationTLU(),
-    ... ])
-
-    Raises:
-        ValueError: if an argument, the rank or the channel size does not fit.
-
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
-    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    >>> layer = keras_frn.FilterResponseNormalizationTLU(learned_epsilon=True)
+    >>> z = layer(np.ones((2, 32, 32, 16)))"""
 
     def __init__(
         self,
         axis=-1,
-        epsilon=1e-6,
-        learned_epsilon=False,
-        center=True,
-        scale=True,
+        *,
         affine=False,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        learned_epsilon_initializer=None,
         tau_initializer="zeros",
         alpha_initializer="zeros",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        learned_epsilon_regularizer=None,
         tau_regularizer=None,
         alpha_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        learned_epsilon_constraint=None,
         tau_constraint=None,
         alpha_constraint=None,
-        jit_compile=None,
         **kwargs,
     ):
-        super().__init__(
-            axis=axis,
-            epsilon=epsilon,
-            learned_epsilon=learned_epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            learned_epsilon_initializer=learned_epsilon_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            learned_epsilon_regularizer=learned_epsilon_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            learned_epsilon_constraint=learned_epsilon_constraint,
-            jit_compile=jit_compile,
-            **kwargs,
-        )
+        super().__init__(axis, **kwargs)
         self.affine = affine
         self.tau_initializer = initializers.get(tau_initializer)
         self.alpha_initializer = initializers.get(alpha_initializer)
@@ -379,28 +323,32 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         if self.affine:
             self.alpha = _add_weight(self, "alpha", channels)
 
-    def call(self, inputs, training=None, mask=None):
-        weights = ("gamma", "beta", "tau", "alpha")
-        return self._run(frn_ops.filter_response_normalization_tlu, weights, inputs, training, mask)
+    def call(self, inputs, mask=None):
+        weights = {"gamma": self.gamma, "beta": self.beta, "epsilon": self._epsilon()}
+        weights |= {"tau": self.tau, "alpha": self.alpha}
+        return _apply(self, filter_response_normalization_tlu, inputs, mask=mask, **weights)
 
     def get_config(self):
         config = {"affine": self.affine, **_weight_config(self, ("tau", "alpha"))}
         return {**super().get_config(), **config}
 
 
-def _run(layer, function, weights, inputs, training, arrays, options):
-    """Calls the op on the inputs and the weights of these names, and returns the layer's compute
-    dtype."""
+def _apply(layer, op, inputs, **arguments):
+    """Calls an op on the inputs and the layer's weights, under the layer's settings."""
+    if not layer.built:
+        raise ValueError(
+            f"Layer {layer.name!r} must be built before `call`. Received: a call without weights. "
+            "Call the layer itself, `layer(inputs)`, which builds it."
+        )
     dtype = _statistics_dtype(layer)
+    for name, value in arguments.items():
+        if isinstance(value, keras.Variable):
+            arguments[name] = ops.cast(value, dtype)
     if keras.backend.standardize_dtype(inputs.dtype) != layer.compute_dtype:
+        # Half precision is cast by the op, where a compiler keeps what it casts out of memory.
         inputs = ops.cast(inputs, dtype)
-    # In half precision the op casts, where a compiler keeps what it casts out of memory.
-    arrays = {"x": inputs, **arrays}
-    for name in weights:
-        weight = getattr(layer, name)
-        arrays[name] = None if weight is None else ops.cast(weight, dtype)
-    options = {"axis": layer.axis, "training": bool(training), **options}
-    return ops.cast(run(function, arrays, options, layer.jit_compile), layer.compute_dtype)
+    z = run(op, {"x": inputs, "axis": layer.axis, **arguments}, layer.jit_compile)
+    return ops.cast(z, layer.compute_dtype)
 
 
 def _statistics_dtype(layer):
@@ -428,3 +376,97 @@ def _weight_config(layer, names):
         )
         for name in names
     }
+
+
+def _checked_axis(axis):
+    if isinstance(axis, (list, tuple)):
+        raise ValueError(
+            f"`axis` must be one int, the channel axis. Received: axis={axis}. Use -1 for "
+            "channels-last data (TensorFlow Addons' `axis=[1, 2]` named the spatial axes)."
+        )
+    return _checked_axes(axis)
+
+
+def _checked_axes(axis):
+    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
+    integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
+    if not axes or not integers or 0 in axes or len(set(axes)) != len(axes):
+        raise ValueError(
+            "`axis` must be an int, or for TLU a tuple of different ints, and not 0, the batch "
+            f"axis. Received: axis={axis!r}. Use -1 for the channels of channels-last data and 1 "
+            "for channels-first."
+        )
+    return tuple(map(int, axes)) if isinstance(axis, (list, tuple)) else int(axis)
+
+
+def _checked_learned_epsilon(learned):
+    if not isinstance(learned, (bool, np.bool_)) and learned != "per_channel":
+        raise ValueError(
+            "`learned_epsilon` must be False, True (one per layer) or 'per_channel'. Received: "
+            f"learned_epsilon={learned!r}. Pass a start value as `learned_epsilon_initializer`."
+        )
+    return learned if learned == "per_channel" else bool(learned)
+
+
+def _checked_epsilon(epsilon, learned):
+    """A float or a tuple of floats."""
+    try:
+        values = np.asarray(epsilon, "float64")
+    except (TypeError, ValueError):
+        values = np.asarray(math.nan)
+    in_range = np.isfinite(values) & ((values >= 0) if learned else (values > 0))
+    if values.ndim > 1 or values.size == 0 or not in_range.all():
+        raise ValueError(
+            "`epsilon` must be a finite float above 0 (or 0 with a learned epsilon), or a sequence "
+            f"of one such float per channel. Received: epsilon={epsilon!r}. The paper uses 1e-6."
+        )
+    return tuple(values.tolist()) if values.ndim else float(values)
+
+
+def _checked_jit_compile(jit_compile):
+    if jit_compile is not None and not isinstance(jit_compile, (bool, np.bool_)):
+        raise ValueError(
+            f"`jit_compile` must be None, True or False. Received: jit_compile={jit_compile!r}. "
+            "None leaves it to `model.compile`."
+        )
+    return jit_compile if jit_compile is None else bool(jit_compile)
+
+
+def _axes_and_sizes(layer, input_shape):
+    """The layer's axes, ascending and not negative, and the input's sizes along them."""
+    axes = sorted_axes(layer.axis, input_shape)
+    sizes = tuple(input_shape[axis] for axis in axes)
+    if None in sizes:
+        raise ValueError(
+            f"The input of layer {layer.name!r} must have a known size along axis {layer.axis}, "
+            f"for its weights. Received: input_shape={tuple(input_shape)}. Set it in `keras.Input` "
+            "or in the layer before."
+        )
+    return axes, sizes
+
+
+def _check_epsilon_fits(layer, input_shape):
+    """Checks the constant epsilon against the channels, the dtype and the number of positions."""
+    channel = layer.axis % len(input_shape)
+    channels = input_shape[channel]
+    if isinstance(layer.epsilon, tuple) and len(layer.epsilon) != channels:
+        raise ValueError(
+            "`epsilon` must be one float, or one per channel. Received: "
+            f"{len(layer.epsilon)} values for {channels} channels. Pass as many as channels."
+        )
+    if layer.use_learned_epsilon:
+        return
+    dtype = _statistics_dtype(layer)
+    if np.any(np.asarray(layer.epsilon, dtype) == 0):
+        raise ValueError(
+            f"`epsilon` must be above 0 in {dtype}. Received: epsilon={layer.epsilon!r}, which "
+            "rounds to 0 there, so that a channel of zeros gives NaN. The paper uses 1e-6."
+        )
+    spatial = [size for i, size in enumerate(input_shape) if i not in (0, channel)]
+    if all(size == 1 for size in spatial) and np.min(layer.epsilon) < _START_OF_EPSILON:
+        warnings.warn(
+            f"Layer {layer.name!r} normalizes single positions with a constant epsilon of "
+            f"{layer.epsilon}: its output is close to the sign of its input and its gradient "
+            "close to 0. Use `learned_epsilon=True`, as the paper does, or a larger epsilon.",
+            stacklevel=2,
+        )

@@ -87,11 +87,10 @@ def random_weights(layer, rng):
     return {w.name: numpy(w) for w in layer.weights}
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("jit_compile", [None, False, True])
 @pytest.mark.parametrize(("axis", "shape"), [(-1, (2, 6, 7, 3)), (1, (2, 3, 6, 7))])
 @pytest.mark.parametrize("learned", [False, True, "per_channel"])
-def test_layer_computes_the_reference(learned, axis, shape, jit_compile, training, rng):
+def test_layer_computes_the_reference(learned, axis, shape, jit_compile, rng):
     x, upstream = rng.normal(size=(2, *shape)).astype("float32")
     layer = FilterResponseNormalizationTLU(
         axis=axis, epsilon=0.01, learned_epsilon=learned, affine=True, jit_compile=jit_compile
@@ -99,7 +98,7 @@ def test_layer_computes_the_reference(learned, axis, shape, jit_compile, trainin
     layer.build(shape)
     weights = random_weights(layer, rng)
     learned_epsilon = weights.pop("learned_epsilon", np.zeros(1))
-    z, found = layer_gradients(layer, x, upstream, training=training)
+    z, found = layer_gradients(layer, x, upstream)
     expected, expected_gradients = frn_tlu(
         x, **weights, epsilon=0.01 + np.abs(learned_epsilon), axis=axis, upstream=upstream
     )
@@ -196,11 +195,15 @@ def test_constructor_arguments_are_the_config(cls):
 
 
 def test_the_fused_layer_takes_the_union_of_the_arguments():
-    def names(cls):
-        return set(inspect.signature(cls).parameters)
+    union = {**FilterResponseNormalization().get_config(), **TLU().get_config(), "name": "fused"}
+    assert FilterResponseNormalizationTLU.from_config(union).get_config() == union
 
-    union = names(FilterResponseNormalization) | names(TLU)
-    assert names(FilterResponseNormalizationTLU) == union
+
+def test_what_follows_axis_is_named():
+    """The second argument of BatchNormalization is its momentum."""
+    for cls in LAYERS:
+        with pytest.raises(TypeError, match="positional"):
+            cls(-1, 0.99)
 
 
 def test_batch_normalization_arguments_keep_their_names():
@@ -280,8 +283,9 @@ def test_half_precision_policies(cls, policy, output, weights, rng):
     layer = cls(dtype=policy)
     # Above the largest float16, from a layer before that computes in float32.
     x = (1e5 * rng.normal(size=(2, 8, 8, 3))).astype("float32")
-    for training in (False, True):
-        z = layer(x, training=training)
+    for jit_compile in (False, True):
+        layer.jit_compile = jit_compile
+        z = layer(x)
         assert keras.backend.standardize_dtype(z.dtype) == output
         assert {w.dtype for w in layer.weights} == {weights}
         if cls is not TLU:
@@ -304,11 +308,11 @@ def test_gradients_of_half_precision(cls, rng):
     upstream = rng.normal(size=x.shape).astype("float16")
     layer = cls(dtype="mixed_float16")
     layer.build(x.shape)
-    _, found = layer_gradients(layer, x, upstream, training=True)
+    _, found = layer_gradients(layer, x, upstream)
     layer32 = cls()
     layer32.build(x.shape)
     _, expected = layer_gradients(
-        layer32, x.astype("float32"), upstream.astype("float32"), training=True
+        layer32, x.astype("float32"), upstream.astype("float32")
     )
     for name, gradient in found.items():
         # The gradient of x is rounded to float16 once; that of the weights stays in float32.
@@ -359,7 +363,8 @@ def test_one_position_with_a_tiny_epsilon_warns_once(cls):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda c: c(axis=[1, 2]), r"Addons.*Use -1"),
+        (lambda c: c(axis=[1, 2]), r"`axis`.*axis=\[1, 2\].*Use -1"),
+        (lambda c: c(axis=[3]), r"`axis` must be one int.*axis=\[3\]"),
         (lambda c: c(axis=0), r"`axis`.*axis=0"),
         (lambda c: c(axis=1.5), r"`axis`.*axis=1.5"),
         (lambda c: c(axis=True), r"`axis`.*axis=True"),
@@ -375,12 +380,14 @@ def test_one_position_with_a_tiny_epsilon_warns_once(cls):
         (lambda c: c(learned_epsilon="yes"), r"`learned_epsilon`.*'yes'"),
         (lambda c: c(learned_epsilon=1e-4), r"`learned_epsilon`.*0.0001"),
         (lambda c: c(jit_compile="auto"), r"`jit_compile`.*'auto'"),
-        (lambda c: c().build((3,)), r"rank 2 or more.*input_shape=\(3,\)"),
-        (lambda c: c(axis=3).build((2, 5, 4)), r"axis=3, input_shape=\(2, 5, 4\)"),
-        (lambda c: c(axis=-3).build((2, 5, 4)), r"axis=-3, input_shape=\(2, 5, 4\)"),
+        (lambda c: c().build((3,)), r"rank 2 or more.*shape=\(3,\)"),
+        (lambda c: c(axis=3).build((2, 5, 4)), r"axis=3, shape=\(2, 5, 4\)"),
+        (lambda c: c(axis=-3).build((2, 5, 4)), r"axis=-3, shape=\(2, 5, 4\)"),
         (lambda c: c().build((2, 5, None)), r"known size along axis -1.*\(2, 5, None\)"),
         (lambda c: c(epsilon=[1e-6] * 3).build((2, 5, 4)), r"3 values for 4 channels"),
         (lambda c: c(epsilon=1e-60).build((2, 5, 4)), r"above 0 in float32.*1e-60"),
+        (lambda c: c()([np.zeros((2, 5, 4), "float32")]), r"one tensor.*\(\(2, 5, 4\),\)"),
+        (lambda c: c().call(np.zeros((2, 5, 4), "float32")), r"must be built before `call`"),
         (lambda c: c()(np.zeros((2, 0, 4), "float32")), r"spatial position.*\(2, 0, 4\)"),
     ],
 )
@@ -409,13 +416,11 @@ def test_tlu_errors(make, message):
         make()
 
 
-def test_same_function_in_training_and_inference(rng):
+@pytest.mark.parametrize("cls", LAYERS)
+def test_same_function_in_training_and_inference(cls, rng):
     x = rng.normal(size=(2, 9, 7, 3)).astype("float32")
-    layer = FilterResponseNormalizationTLU()
-    # Two orders of the same sums.
-    close(numpy(layer(x, training=True)), numpy(layer(x, training=False)), 5e-7)
-    tlu = TLU()
-    np.testing.assert_array_equal(numpy(tlu(x, training=True)), numpy(tlu(x, training=False)))
+    layer = cls()
+    np.testing.assert_array_equal(numpy(layer(x, training=True)), numpy(layer(x, training=False)))
 
 
 def test_subclassed_model_trains(rng):
@@ -427,8 +432,8 @@ def test_subclassed_model_trains(rng):
             self.act = keras_frn.TLU()
             self.head = keras.layers.Dense(1)
 
-        def call(self, x, training=None):
-            x = self.act(self.norm(self.dense(x), training=training), training=training)
+        def call(self, x):
+            x = self.act(self.norm(self.dense(x)))
             return self.head(keras.ops.mean(x, axis=1))
 
     x = rng.normal(size=(64, 12, 2)).astype("float32")

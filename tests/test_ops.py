@@ -24,8 +24,6 @@ SHAPES = [
     pytest.param((2, 4, 4, 1), -1, id="one channel"),
     pytest.param((2, 64, 64, 3), -1, id="4,096 positions"),
 ]
-jax_only = pytest.mark.skipif(BACKEND != "jax", reason="JAX's form")
-FORMS = pytest.mark.parametrize("training", [False, True], ids=["inference form", "gradient form"])
 
 
 def parameters(rng, channels):
@@ -57,22 +55,14 @@ def check(function, x, weights, upstream, expected_options, axis, mask=None, **o
         close(found[name].reshape(-1), np.reshape(expected_gradients[name], -1), PARAMETER_GRADIENT)
 
 
-@pytest.fixture(params=["here", pytest.param("on a GPU", marks=jax_only)])
-def sums(request, monkeypatch):
-    """The form of the sums that JAX takes on this machine, and on a GPU."""
-    if request.param == "on a GPU":
-        monkeypatch.setattr("keras_frn.ops.adds_in_trees", lambda: True)
-
-
-@FORMS
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_values_and_gradients(shape, axis, training, sums, rng):
+def test_values_and_gradients(shape, axis, rng):
     x, upstream = rng.normal(0.5, 2.0, (2, *shape)).astype("float32")
     weights = parameters(rng, shape[axis])
     # With one position the gradient of x vanishes as epsilon does; the paper learns it there.
     options = {"epsilon": 0.1 if np.prod(shape) == shape[0] * shape[axis] else 1e-6}
     for names in (("gamma", "beta"), ("gamma",), ("beta",), ()):
-        check(frn, x, only(weights, *names), upstream, options, axis, training=training, **options)
+        check(frn, x, only(weights, *names), upstream, options, axis, **options)
     for names in (("gamma", "beta", "tau"), ("gamma", "beta", "tau", "alpha")):
         check(
             frn_tlu_op,
@@ -81,19 +71,17 @@ def test_values_and_gradients(shape, axis, training, sums, rng):
             upstream,
             options,
             axis,
-            training=training,
             **options,
         )
 
 
-@FORMS
 @pytest.mark.parametrize("missing", ["gamma", "beta"])
-def test_fused_without_gamma_or_beta(missing, training, rng):
+def test_fused_without_gamma_or_beta(missing, rng):
     x, upstream = rng.normal(size=(2, 2, 6, 5, 3)).astype("float32")
     weights = parameters(rng, 3)
     present = {"beta": "gamma", "gamma": "beta"}[missing]
     z, found = gradients(
-        lambda x, tau, **w: frn_tlu_op(x, tau=tau, **w, **{missing: None}, training=training),
+        lambda x, tau, **w: frn_tlu_op(x, tau=tau, **w, **{missing: None}),
         {"x": x, **only(weights, present, "tau")},
         upstream,
     )
@@ -103,14 +91,13 @@ def test_fused_without_gamma_or_beta(missing, training, rng):
         close(found[name], expected_gradients[name], INPUT_GRADIENT)
 
 
-@FORMS
-def test_epsilon_as_number_sequence_and_tensor(training, rng):
+def test_epsilon_as_number_sequence_and_tensor(rng):
     x, upstream = (0.1 * rng.normal(size=(2, 2, 6, 5, 3))).astype("float32")
     for epsilon in (0.3, [0.1, 1e-6, 3.0], (0.1, 1e-6, 3.0), np.array([0.1, 1e-6, 3.0])):
-        close(numpy(frn(x, epsilon=epsilon, training=training)), frn_tlu(x, epsilon=epsilon), VALUE)
+        close(numpy(frn(x, epsilon=epsilon)), frn_tlu(x, epsilon=epsilon), VALUE)
     for epsilon in (np.array([0.3], "float32"), np.array([0.1, 1e-6, 3.0], "float32")):
         _, found = gradients(
-            lambda x, epsilon: frn(x, epsilon=epsilon, training=training),
+            lambda x, epsilon: frn(x, epsilon=epsilon),
             {"x": x, "epsilon": epsilon},
             upstream,
         )
@@ -120,7 +107,6 @@ def test_epsilon_as_number_sequence_and_tensor(training, rng):
         close(found["epsilon"], expected_epsilon, PARAMETER_GRADIENT)
 
 
-@FORMS
 @pytest.mark.parametrize(
     ("shape", "axis", "mask_shape"),
     [
@@ -132,7 +118,7 @@ def test_epsilon_as_number_sequence_and_tensor(training, rng):
         pytest.param((3, 4, 9, 6), 1, (3, 9), id="channels first, per row"),
     ],
 )
-def test_mask(shape, axis, mask_shape, training, rng):
+def test_mask(shape, axis, mask_shape, rng):
     x, upstream = rng.normal(size=(2, *shape)).astype("float32")
     mask = rng.random(mask_shape) < 0.6
     mask[0], mask[2] = True, False  # all kept, some kept, none kept
@@ -148,22 +134,18 @@ def test_mask(shape, axis, mask_shape, training, rng):
             options,
             axis,
             mask,
-            training=training,
             **options,
         )
 
 
-@FORMS
-def test_masked_values_do_not_count(training, rng):
+def test_masked_values_do_not_count(rng):
     x, upstream = rng.normal(size=(2, 2, 9, 4)).astype("float32")
     lengths = (5, 7)
     mask = np.arange(9) < np.array(lengths)[:, None]
     upstream = np.where(mask[..., None], upstream, 0).astype("float32")
     for padding in (0.0, 1e6, np.nan):
         padded = np.where(mask[..., None], x, padding).astype("float32")
-        z, found = gradients(
-            lambda x: frn(x, mask=mask, training=training), {"x": padded}, upstream
-        )
+        z, found = gradients(lambda x: frn(x, mask=mask), {"x": padded}, upstream)
         # Each sample without its padding is the same; a NaN spoils its own position and, through
         # gamma's place in the formula, gradients, but no value that counts.
         for i, length in enumerate(lengths):
@@ -174,12 +156,9 @@ def test_masked_values_do_not_count(training, rng):
                 close(found["x"][part], expected_gradients["x"], INPUT_GRADIENT)
 
 
-@FORMS
-def test_fully_masked_sample_is_finite(training, rng):
+def test_fully_masked_sample_is_finite(rng):
     x = rng.normal(size=(2, 9, 4)).astype("float32")
-    z, found = gradients(
-        lambda x: frn(x, mask=np.zeros((2, 9), bool), training=training), {"x": x}, np.ones_like(x)
-    )
+    z, found = gradients(lambda x: frn(x, mask=np.zeros((2, 9), bool)), {"x": x}, np.ones_like(x))
     close(z, x / np.sqrt(1e-6), VALUE)
     close(found["x"], np.full(x.shape, 1e3), INPUT_GRADIENT)
 
@@ -188,29 +167,26 @@ def test_fully_masked_sample_is_finite(training, rng):
 TAUS = [-np.inf, -3e38, -1e20, -1e4, -20.0, -1.0, -1e-30, 0.0, 1e-30, 0.7, 1e4, 3e38, np.inf]
 
 
-@FORMS
 @pytest.mark.parametrize("tau", TAUS)
-def test_tlu_is_the_maximum_to_the_bit(tau, training, rng):
+def test_tlu_is_the_maximum_to_the_bit(tau, rng):
     scales = 10.0 ** rng.uniform(-6, 6, (4, 50, 3))
     x = (rng.normal(size=(4, 50, 3)) * scales).astype("float32")
     x[0, :4] = [0.3], [-0.3], [np.inf], [-np.inf]
     taus = np.array([tau, tau / 2, 0.1], "float32")
-    np.testing.assert_array_equal(numpy(tlu(x, taus, training=training)), np.maximum(x, taus))
+    np.testing.assert_array_equal(numpy(tlu(x, taus)), np.maximum(x, taus))
 
 
-@FORMS
 @pytest.mark.parametrize("tau", TAUS)
-def test_fused_tlu_is_exact_for_every_tau(tau, training, rng):
+def test_fused_tlu_is_exact_for_every_tau(tau, rng):
     x = rng.normal(size=(2, 30, 30, 3)).astype("float32")
     taus = np.array([tau, tau / 2, 0.1], "float32")
-    z = numpy(frn_tlu_op(x, None, None, taus, training=training))
+    z = numpy(frn_tlu_op(x, None, None, taus))
     y = np.asarray(frn_tlu(x))
     # Float32 roundings of y, at the size of y and not at the size of tau.
     expected = np.maximum(y, taus.astype("float64"))
     np.testing.assert_allclose(z, expected, rtol=1e-6, atol=1e-6)
 
 
-@FORMS
 @pytest.mark.parametrize(
     ("axis", "tau_shape"),
     [
@@ -223,7 +199,7 @@ def test_fused_tlu_is_exact_for_every_tau(tau, training, rng):
     ],
 )
 @pytest.mark.parametrize("affine", [False, True])
-def test_tlu_axes(axis, tau_shape, affine, training, rng):
+def test_tlu_axes(axis, tau_shape, affine, rng):
     x, upstream = rng.normal(size=(2, 2, 3, 4, 5)).astype("float32")
     axes = sorted(a % 4 for a in (axis if isinstance(axis, (list, tuple)) else (axis,)))
     weights = {"tau": rng.normal(size=tau_shape).astype("float32")}
@@ -233,9 +209,7 @@ def test_tlu_axes(axis, tau_shape, affine, training, rng):
     slope = weights["alpha"].reshape(shape) * x if affine else 0.0
     line = slope + weights["tau"].reshape(shape)
     below = line > x
-    z, found = gradients(
-        lambda x, **w: tlu(x, **w, axis=axis, training=training), {"x": x, **weights}, upstream
-    )
+    z, found = gradients(lambda x, **w: tlu(x, **w, axis=axis), {"x": x, **weights}, upstream)
     close(z, np.where(below, line, x), VALUE)
     others = tuple(a for a in range(4) if a not in axes)
     close(found["tau"], np.where(below, upstream, 0).astype("float64").sum(others), 1e-5)
@@ -245,13 +219,12 @@ def test_tlu_axes(axis, tau_shape, affine, training, rng):
         close(found["alpha"], np.where(below, upstream * x, 0).astype("float64").sum(others), 1e-5)
 
 
-@FORMS
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_computed_in_float32(dtype, training, rng):
+def test_half_precision_is_computed_in_float32(dtype, rng):
     largest = 65504.0
     x = np.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 8, 8, 3) * largest
     x = keras.ops.cast(x.astype("float32"), dtype)
-    z = frn(x, training=training)
+    z = frn(x)
     assert keras.backend.standardize_dtype(z.dtype) == dtype
     expected = frn_tlu(numpy(keras.ops.cast(x, "float32")))
     # One rounding to 11 bits (float16) or 8 bits (bfloat16).
@@ -259,10 +232,9 @@ def test_half_precision_is_computed_in_float32(dtype, training, rng):
     np.testing.assert_allclose(numpy(keras.ops.cast(z, "float32")), expected, rtol=1.01 * rounding)
 
 
-@FORMS
 @pytest.mark.parametrize("alpha", [None, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_float64(masked, alpha, training, rng):
+def test_float64(masked, alpha, rng):
     with float64_enabled():
         mask = rng.random((2, 30, 31)) < 0.7 if masked else None
         x, upstream = rng.normal(size=(2, 2, 30, 31, 3))
@@ -271,7 +243,7 @@ def test_float64(masked, alpha, training, rng):
             weights["alpha"] = np.full(3, alpha)
         options = {"epsilon": 0.1, "mask": mask}
         z, found = gradients(
-            lambda x, **w: frn_tlu_op(x, **w, **options, training=training),
+            lambda x, **w: frn_tlu_op(x, **w, **options),
             {"x": x, **weights},
             upstream,
         )
@@ -291,14 +263,13 @@ def test_integers_become_float(dtype, rng):
     close(numpy(tlu(x, np.zeros(3, "float32"))), x.astype("float64"), 0)
 
 
-@FORMS
-def test_zeros_and_tiny_numbers_have_finite_gradients(training):
+def test_zeros_and_tiny_numbers_have_finite_gradients():
     for x in (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4, 3), 1e-30), np.full((2, 4, 4, 3), 1e-22)):
         x = x.astype("float32")
         weights = {"gamma": np.ones(3), "beta": np.zeros(3), "tau": np.full(3, -1.0)}
         weights = {n: w.astype("float32") for n, w in weights.items()}
         z, found = gradients(
-            lambda x, **w: frn_tlu_op(x, **w, training=training),
+            lambda x, **w: frn_tlu_op(x, **w),
             {"x": x, **weights},
             np.ones_like(x),
         )
@@ -308,29 +279,23 @@ def test_zeros_and_tiny_numbers_have_finite_gradients(training):
         assert all(np.isfinite(g).all() for g in found.values())
 
 
-@FORMS
-def test_empty_batch(training):
+def test_empty_batch():
     x = np.zeros((0, 4, 4, 3), "float32")
     weights = {n: np.ones(3, "float32") for n in ("gamma", "beta", "tau")}
-    z, found = gradients(
-        lambda x, **w: frn_tlu_op(x, **w, training=training), {"x": x, **weights}, x
-    )
+    z, found = gradients(lambda x, **w: frn_tlu_op(x, **w), {"x": x, **weights}, x)
     assert z.shape == found["x"].shape == x.shape
     for name in weights:
         np.testing.assert_array_equal(found[name], np.zeros(3))
 
 
-@FORMS
-def test_nan_and_infinity_stay_in_their_sample_and_channel(training, rng):
+def test_nan_and_infinity_stay_in_their_sample_and_channel(rng):
     x, upstream = rng.normal(size=(2, 3, 8, 8, 4)).astype("float32")
     spoiled = x.copy()
     spoiled[0, 1, 2, 3], spoiled[2, 5, 5, 1] = np.nan, np.inf
     tau = np.full(4, -0.5, "float32")
-    z, found = gradients(
-        lambda x: frn_tlu_op(x, None, None, tau, training=training), {"x": x}, upstream
-    )
+    z, found = gradients(lambda x: frn_tlu_op(x, None, None, tau), {"x": x}, upstream)
     z_spoiled, found_spoiled = gradients(
-        lambda x: frn_tlu_op(x, None, None, tau, training=training), {"x": spoiled}, upstream
+        lambda x: frn_tlu_op(x, None, None, tau), {"x": spoiled}, upstream
     )
     untouched = np.ones((3, 4), bool)
     untouched[0, 3] = untouched[2, 1] = False
@@ -340,22 +305,18 @@ def test_nan_and_infinity_stay_in_their_sample_and_channel(training, rng):
     assert np.isnan(z_spoiled[0, 1, 2, 3]), "a NaN must show"
 
 
-@FORMS
-def test_nan_in_tau_shows(training):
-    z = numpy(
-        tlu(np.ones((1, 2), "float32"), np.array([np.nan, 0.0], "float32"), training=training)
-    )
+def test_nan_in_tau_shows():
+    z = numpy(tlu(np.ones((1, 2), "float32"), np.array([np.nan, 0.0], "float32")))
     assert np.isnan(z[0, 0])
     assert z[0, 1] == 1
 
 
-@FORMS
-def test_samples_do_not_depend_on_each_other(training, rng):
+def test_samples_do_not_depend_on_each_other(rng):
     x, upstream = rng.normal(size=(2, 5, 13, 7, 6)).astype("float32")
     weights = only(parameters(rng, 6), "gamma", "beta", "tau")
 
     def run(x):
-        return gradients(lambda x: frn_tlu_op(x, **weights, training=training), {"x": x}, upstream)
+        return gradients(lambda x: frn_tlu_op(x, **weights), {"x": x}, upstream)
 
     z, found = run(x)
     other = x.copy()
@@ -374,24 +335,20 @@ def test_samples_do_not_depend_on_each_other(training, rng):
         pytest.param((1, 96, 96, 96, 2), id="volume"),
     ],
 )
-@FORMS
-def test_large_means_are_accurate(shape, training, rng):
+def test_large_means_are_accurate(shape, rng):
     x = rng.uniform(0.5, 1.0, shape).astype("float32")  # all of one sign: errors do not cancel
-    close(numpy(frn(x, training=training)), frn_tlu(x), VALUE)
+    close(numpy(frn(x)), frn_tlu(x), VALUE)
 
 
-@FORMS
-def test_gradient_agrees_with_finite_differences(training, rng):
+def test_gradient_agrees_with_finite_differences(rng):
     with float64_enabled():
         x, upstream, direction = rng.normal(size=(3, 2, 5, 6, 3))
         tau = np.array([-0.5, 0.2, -2.0])
 
         def loss(x):
-            return np.sum(numpy(frn_tlu_op(x, None, None, tau, training=training)) * upstream)
+            return np.sum(numpy(frn_tlu_op(x, None, None, tau)) * upstream)
 
-        _, found = gradients(
-            lambda x: frn_tlu_op(x, None, None, tau, training=training), {"x": x}, upstream
-        )
+        _, found = gradients(lambda x: frn_tlu_op(x, None, None, tau), {"x": x}, upstream)
         step = 1e-6
         slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
         # Second-order error of the central difference, 1e-12, over rounding, 1e-16 / 1e-6.
@@ -406,7 +363,7 @@ def test_forward_mode_second_order_and_vmap(rng):
     weights = only(parameters(rng, 3), "gamma", "beta", "tau")
 
     def loss(x):
-        return jax.numpy.sum(frn_tlu_op(x, **weights, training=True) ** 2)
+        return jax.numpy.sum(frn_tlu_op(x, **weights) ** 2)
 
     _, forward = jax.jvp(loss, (x,), (direction,))
     backward = jax.numpy.vdot(jax.grad(loss)(x), direction)
@@ -418,8 +375,8 @@ def test_forward_mode_second_order_and_vmap(rng):
     )
     kinked = np.abs(hessian_vector - difference) > 0.05 * (1 + np.abs(difference))
     assert kinked.mean() < 0.02, "only elements that cross tau within the step may differ"
-    per_sample = jax.vmap(lambda x: frn_tlu_op(x[None], **weights, training=True)[0])(x)
-    close(per_sample, numpy(frn_tlu_op(x, **weights, training=True)), VALUE)
+    per_sample = jax.vmap(lambda x: frn_tlu_op(x[None], **weights)[0])(x)
+    close(per_sample, numpy(frn_tlu_op(x, **weights)), VALUE)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="written for PyTorch here")
@@ -452,7 +409,7 @@ def test_forward_mode_second_order_and_vmap_on_pytorch(rng):
             t.detach().numpy() for t in (first, second, forward, per_sample, per_sample_gradient)
         ]
 
-    ours = derivatives(lambda x: frn_tlu_op(x, gamma, beta, tau, training=True))
+    ours = derivatives(lambda x: frn_tlu_op(x, gamma, beta, tau))
     for actual, expected in zip(ours, derivatives(as_written), strict=True):
         close(actual, expected, INPUT_GRADIENT)
 
@@ -463,7 +420,7 @@ def test_per_example_gradients(rng):
     weights = only(parameters(rng, 3), "gamma", "beta", "tau")
 
     def run(x, upstream):
-        return gradients(lambda **w: frn_tlu_op(x, **w, training=True), weights, upstream)[1]
+        return gradients(lambda **w: frn_tlu_op(x, **w), weights, upstream)[1]
 
     whole = run(x, upstream)
     singles = [run(x[i : i + 1], upstream[i : i + 1]) for i in range(4)]
@@ -483,7 +440,7 @@ def test_symbolic_tensors():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: frn(np.zeros(3, "float32")), r"rank 2 or more.*x.shape=\(3,\)"),
+        (lambda: frn(np.zeros(3, "float32")), r"rank 2 or more.*shape=\(3,\)"),
         (lambda: frn(np.zeros((2, 3, 4), "float32"), axis=0), r"not the batch axis.*axis=0"),
         (lambda: frn(np.zeros((2, 3, 4), "float32"), axis=3), r"rank 3.*axis=3"),
         (lambda: frn(np.zeros((2, 0, 4), "float32")), r"spatial position.*x.shape=\(2, 0, 4\)"),
