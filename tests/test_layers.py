@@ -311,9 +311,7 @@ def test_gradients_of_half_precision(cls, rng):
     _, found = layer_gradients(layer, x, upstream)
     layer32 = cls()
     layer32.build(x.shape)
-    _, expected = layer_gradients(
-        layer32, x.astype("float32"), upstream.astype("float32")
-    )
+    _, expected = layer_gradients(layer32, x.astype("float32"), upstream.astype("float32"))
     for name, gradient in found.items():
         # The gradient of x is rounded to float16 once; that of the weights stays in float32.
         close(gradient, expected[name], 1e-3 if name == "x" else PARAMETER_GRADIENT)
