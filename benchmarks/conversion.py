@@ -28,8 +28,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_frn.callbacks import EpsilonScheduler
 from keras_frn.conversion import replace_batch_normalization
-from keras_frn.schedule import EpsilonSchedule
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "conversion.csv"
 TRAINED_ON, CALIBRATION, FINE_TUNING, TEST = 12_000, 200, 1_000, 2_000
@@ -200,7 +200,7 @@ def measure(model, calibration, tuning, test):
         (targets, "the original's outputs", 1e-3),
         (y, "labels", 1e-3),
     ):
-        schedule = EpsilonSchedule(steps=60)
+        schedule = EpsilonScheduler(steps=60)
         tuned = fine_tune(converted(model, calibration), x, goal, 4, rate, [schedule])
         yield "calibrated", "3 to 0.1", f"tuned on {what}, Adam {rate:g}", accuracy(tuned, *test)
     tuned = fine_tune(converted(model, calibration), x, y)
@@ -230,7 +230,7 @@ def shifted(model, tuning, test):
         ("calibrated", 3.0, lambda: converted(model, x[:CALIBRATION]), ()),
         ("calibrated", "3 to 0.1", lambda: converted(model, x[:CALIBRATION]), (120,)),
     ):
-        schedules = [EpsilonSchedule(batches) for batches in callbacks]
+        schedules = [EpsilonScheduler(batches) for batches in callbacks]
         tuned = fine_tune(make(), x, y, 2, 1e-3 if callbacks else 3e-3, schedules)
         yield name, ratio, "shifted task, tuned at batch 2", accuracy(tuned, *test)
 

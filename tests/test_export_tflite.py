@@ -12,8 +12,8 @@ from keras import layers
 from reference import close, frn_tlu
 
 import keras_frn
-from keras_frn.equalization import InferenceCopy
 from keras_frn.export import export_tflite
+from keras_frn.export.inference_form import InferenceCopy
 
 litert = pytest.importorskip("ai_edge_litert.interpreter")
 pytestmark = pytest.mark.skipif(

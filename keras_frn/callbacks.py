@@ -9,7 +9,7 @@ import numpy as np
 from .layers import FilterResponseNormalization
 
 
-class EpsilonSchedule(keras.callbacks.Callback):
+class EpsilonScheduler(keras.callbacks.Callback):
     """Lowers the learned epsilon of a converted model during fine-tuning, batch by batch.
 
     ```
@@ -35,7 +35,7 @@ class EpsilonSchedule(keras.callbacks.Callback):
 
     >>> frn_model = keras_frn.replace_batch_normalization(model, images[:500])
     >>> frn_model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
-    >>> schedule = keras_frn.EpsilonSchedule(steps=100)
+    >>> schedule = keras_frn.callbacks.EpsilonScheduler(steps=100)
     >>> frn_model.fit(images, targets, batch_size=4, callbacks=[schedule])
 
     Raises:

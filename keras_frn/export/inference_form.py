@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from . import ops as frn_ops
-from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from .. import ops as frn_ops
+from ..layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 # Shares of the largest mean square of a layer: below the first, 8 bits leave fewer than 4 steps;
 # below the second, less than half a step.

@@ -9,8 +9,9 @@ import warnings
 import keras
 import numpy as np
 
-from . import calibration, graph
-from .layers import TLU, FilterResponseNormalization
+from .. import graph
+from ..layers import TLU, FilterResponseNormalization
+from . import fit as calibration
 
 _CONSTANT_EPSILON = 1e-6
 # Below this, a channel of one position would be close to its sign: unit energy whatever the input.
@@ -114,7 +115,7 @@ def replace_batch_normalization(
     With `calibration_data` they are refined layer by layer, so that each output channel has the
     mean and the standard deviation that it had. Epsilon is the path between the two layers: a large
     one is BatchNormalization's fixed scale, 0 normalizes each sample fully. Fine-tune the result,
-    and let `EpsilonSchedule` lower epsilon meanwhile.
+    and let `EpsilonScheduler` lower epsilon meanwhile.
 
     The result is uncompiled and has the names, the trainable flags and the weights of the other
     layers. The given model is not changed.
@@ -127,7 +128,7 @@ def replace_batch_normalization(
         epsilon_ratio: Float >= 0, epsilon / mean square of each channel; at least 1 where a channel
             has a single position. Defaults to 3.
         learned_epsilon: `"per_channel"` keeps epsilon in a weight, which training and
-            `EpsilonSchedule` change; False makes it a constant. Defaults to `"per_channel"`.
+            `EpsilonScheduler` change; False makes it a constant. Defaults to `"per_channel"`.
         replace_activations: Whether a `ReLU` or `Activation("relu")` that directly follows one of
             the replaced layers, and no other layer, becomes TLU. Defaults to True.
         restore_biases: Whether a convolution or dense layer before BatchNormalization gets a bias

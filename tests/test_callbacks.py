@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from keras import layers
 
+from keras_frn.callbacks import EpsilonScheduler
 from keras_frn.conversion import replace_batch_normalization
-from keras_frn.schedule import EpsilonSchedule
 
 
 def _converted(rng, ratio=3.0):
@@ -34,7 +34,7 @@ def test_epsilon_goes_down_and_gamma_keeps_the_size_of_the_output(rng):
     model, x, y = _converted(rng, ratio=2.0)
     inner, single = _layers(model)
     start = [np.array(w) for w in (inner.learned_epsilon, inner.gamma, single.learned_epsilon)]
-    schedule = EpsilonSchedule(steps=4, initial_ratio=2.0, final_ratio=0.5)
+    schedule = EpsilonScheduler(steps=4, initial_ratio=2.0, final_ratio=0.5)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[schedule])
     # Two of four steps, on a geometric path: half of 2 to 0.5.
     assert schedule.ratio == pytest.approx(1.0)
@@ -52,7 +52,7 @@ def test_epsilon_is_held_against_the_optimizer(rng):
     inner, _ = _layers(model)
     start = np.array(inner.learned_epsilon)
     model.compile(keras.optimizers.Adam(0.1), "mse")
-    schedule = EpsilonSchedule(steps=1, final_ratio=0.3)
+    schedule = EpsilonScheduler(steps=1, final_ratio=0.3)
     model.fit(x, y, batch_size=1, verbose=0, callbacks=[schedule])
     # One step of the optimizer, of 0.1 at most, comes after the last batch began.
     assert np.max(np.abs(np.array(inner.learned_epsilon) - start / 10)) < 0.11
@@ -61,7 +61,7 @@ def test_epsilon_is_held_against_the_optimizer(rng):
 def test_a_model_without_a_learned_epsilon_is_refused(rng):
     model, x, y = _converted(rng, ratio=0.0)
     with pytest.raises(ValueError, match=r"`model` must have FRN layers with a learned epsilon"):
-        model.fit(x, y, verbose=0, callbacks=[EpsilonSchedule(steps=2)])
+        model.fit(x, y, verbose=0, callbacks=[EpsilonScheduler(steps=2)])
 
 
 @pytest.mark.parametrize(
@@ -74,4 +74,4 @@ def test_a_model_without_a_learned_epsilon_is_refused(rng):
 )
 def test_arguments_are_checked(arguments, match):
     with pytest.raises(ValueError, match=match):
-        EpsilonSchedule(**arguments)
+        EpsilonScheduler(**arguments)

@@ -11,8 +11,8 @@ import warnings
 import keras
 import numpy as np
 
-from .equalization import InferenceCopy, input_structure
-from .layers import FilterResponseNormalization
+from ..layers import FilterResponseNormalization
+from .inference_form import InferenceCopy, input_structure
 
 _PRESETS = (None, "float16", "dynamic", "int8", "int8_float_statistics", "int16x8")
 _STATIC = ("int8", "int8_float_statistics", "int16x8")
