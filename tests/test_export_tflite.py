@@ -289,7 +289,7 @@ def test_beta_moves_into_the_next_layer_where_that_is_exact(name, separate, tmp_
     copy = InferenceCopy(model)
     copy.absorb_offsets()
     close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
-    moved = [layer.constants[1] is None for layer in copy.normalizations]
+    moved = [layer.beta is None for layer in copy.normalizations]
     assert moved == [additions == 1]
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     assert report.operators["ADD"] == additions
@@ -666,7 +666,7 @@ def test_a_file_that_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise RuntimeError("XNNPACK takes no output that is so much smaller than its products")
 
-    monkeypatch.setattr("keras_frn.export._Runtime", refuse)
+    monkeypatch.setattr("keras_frn.export.LiteRT", refuse)
     with pytest.raises(ValueError, match=r"`model` must become a file that LiteRT runs.*XNNP"):
         export_tflite(small_model(), tmp_path / "m.tflite")
     assert not list(tmp_path.iterdir())

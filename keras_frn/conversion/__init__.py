@@ -1,6 +1,5 @@
 """A trained BatchNormalization model becomes an FRN model."""
 
-import collections
 import dataclasses
 import math
 import numbers
@@ -11,24 +10,19 @@ import numpy as np
 
 from .. import graph
 from ..layers import TLU, FilterResponseNormalization
-from . import fit as calibration
+from ..samples import Samples
+from .fit import CONSTANT_EPSILON, Affine, fit, set_closed_form
 
-_CONSTANT_EPSILON = 1e-6
 # Below this, a channel of one position would be close to its sign: unit energy whatever the input.
 _SINGLE_POSITION_RATIO = 1.0
-_LINEAR = (
-    keras.layers.Dense,
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-    keras.layers.SeparableConv1D,
-    keras.layers.SeparableConv2D,
-)
+_LINEAR = [keras.layers.Dense]
+_LINEAR += [getattr(keras.layers, f"Conv{rank}D") for rank in "123"]
+_LINEAR += [getattr(keras.layers, f"Conv{rank}DTranspose") for rank in "123"]
+_LINEAR += [
+    getattr(keras.layers, f"{kind}Conv{rank}D")
+    for kind in ("Depthwise", "Separable")
+    for rank in "12"
+]
 _ACTIVATIONS = (
     keras.layers.Activation,
     keras.layers.ReLU,
@@ -36,11 +30,22 @@ _ACTIVATIONS = (
     keras.layers.PReLU,
     keras.layers.ELU,
 )
+_TLU = "TLU with a threshold of 0"
 
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """What became of one layer: `action` is "replaced", "changed" or "kept"."""
+    """What became of one layer.
+
+    Attributes:
+        layer: Name of the layer.
+        kind: Name of its class.
+        action: `"replaced"`, `"changed"` or `"kept"`.
+        reason: What it became, or why it was kept.
+        positions: Number of spatial positions of a BatchNormalization layer, where it is fixed.
+        epsilon_ratio: The median over its channels of epsilon / mean square. Near 0 is FRN as in
+            the paper, 3 normalizes mildly, and a large value is close to a fixed scale.
+    """
 
     layer: str
     kind: str
@@ -52,12 +57,13 @@ class Replacement:
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What `replace_batch_normalization` replaced, what it kept, and why; `print` shows a table.
+    """What `replace_batch_normalization` replaced and what it kept. `print(report)` shows it.
 
-    `entries` has a `Replacement` for each BatchNormalization, for each activation after one, for
-    each layer that got a bias back, and for each layer that hides a BatchNormalization.
-    `epsilon_ratio` is the median over the channels of epsilon / mean square: near 0 is FRN as in
-    the paper, 3 normalizes mildly, and a large value would be BatchNormalization's fixed scale."""
+    Attributes:
+        entries: A `Replacement` for each BatchNormalization layer, for each activation after one,
+            for each layer that got a bias, and for each layer that has a BatchNormalization layer
+            inside which no graph shows.
+    """
 
     entries: tuple[Replacement, ...]
 
@@ -66,14 +72,14 @@ class ConversionReport:
         return sum(entry.kind == kind and entry.action == action for entry in self.entries)
 
     def __str__(self):
-        if not any(entry.kind == "BatchNormalization" for entry in self.entries):
-            head = "No BatchNormalization layer was found: the model is an unchanged copy."
-        else:
+        if any(entry.kind == "BatchNormalization" for entry in self.entries):
             head = (
                 f"{self.count('BatchNormalization')} BatchNormalization layers became FRN, "
                 f"{sum(e.reason == _TLU for e in self.entries)} activations became TLU, "
                 f"{sum(e.action == 'kept' for e in self.entries)} layers were kept."
             )
+        else:
+            head = "No BatchNormalization layer was found: the model is an unchanged copy."
         lines = [head]
         if self.entries:
             width = max(len(entry.layer) for entry in self.entries)
@@ -88,9 +94,6 @@ class ConversionReport:
         return "\n".join(lines)
 
 
-_TLU = "TLU with a threshold of 0"
-
-
 def replace_batch_normalization(
     model,
     calibration_data=None,
@@ -98,11 +101,10 @@ def replace_batch_normalization(
     learned_epsilon="per_channel",
     replace_activations=True,
     restore_biases=False,
-    batch_size=32,
-    verbose=True,
+    verbose=False,
     return_report=False,
 ):
-    """A copy of a trained model with FRN in place of BatchNormalization, and TLU in place of ReLU.
+    """Converts a trained BatchNormalization model to FRN, and its ReLU activations to TLU.
 
     ```
     a * x + c                                   BatchNormalization at inference, per channel
@@ -111,50 +113,49 @@ def replace_batch_normalization(
     gamma = a * sqrt(m + epsilon),   beta = c,   tau = 0
     ```
 
-    The weights make each FRN give what its BatchNormalization gave for a sample of typical energy.
-    With `calibration_data` they are refined layer by layer, so that each output channel has the
-    mean and the standard deviation that it had. Epsilon is the path between the two layers: a large
-    one is BatchNormalization's fixed scale, 0 normalizes each sample fully. Fine-tune the result,
-    and let `EpsilonScheduler` lower epsilon meanwhile.
+    With these weights each FRN layer gives what its BatchNormalization layer gave for a sample of
+    typical energy. With `calibration_data` they are refined layer by layer: each output channel
+    then has the mean and the standard deviation that it had. Epsilon is the path between the two
+    normalizations: a large one is BatchNormalization's fixed scale, 0 normalizes each sample fully.
+    Fine-tune the result, and let `keras_frn.callbacks.EpsilonScheduler` lower epsilon meanwhile.
 
-    The result is uncompiled and has the names, the trainable flags and the weights of the other
-    layers. The given model is not changed.
+    The result is a new, uncompiled model. All other layers keep their names, weights and trainable
+    flags. The given model does not change.
 
     Args:
-        model: Functional or Sequential model, built; nested and shared layers are followed.
-        calibration_data: Inputs as `model.predict` takes them: an array (a memory map is read batch
-            by batch), or a list or dict of arrays. No labels. 100 to 1000 samples do. Defaults to
-            None: the moving statistics alone.
-        epsilon_ratio: Float >= 0, epsilon / mean square of each channel; at least 1 where a channel
-            has a single position. Defaults to 3.
-        learned_epsilon: `"per_channel"` keeps epsilon in a weight, which training and
-            `EpsilonScheduler` change; False makes it a constant. Defaults to `"per_channel"`.
-        replace_activations: Whether a `ReLU` or `Activation("relu")` that directly follows one of
-            the replaced layers, and no other layer, becomes TLU. Defaults to True.
-        restore_biases: Whether a convolution or dense layer before BatchNormalization gets a bias
-            of minus the moving mean, which FRN does not subtract. Defaults to False.
-        batch_size: Samples per step of the calibration. It does not change the result. Defaults to
-            32.
-        verbose: Whether to show the progress of the calibration. Defaults to True.
-        return_report: Whether to return `(model, report)`, with a printable `ConversionReport`.
-            Defaults to False.
+        model: A built functional or Sequential model. Nested models and shared layers are followed.
+        calibration_data: Inputs like those at inference, without labels; 100 to 1000 samples are
+            enough, and at most 2048 are used. An array, a list or dict of arrays for several
+            inputs, a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable of batches, each
+            the inputs or `(inputs, targets)`. An array is read batch by batch, so that a memory map
+            need not fit into memory. With None, the moving statistics alone decide. Defaults to
+            None.
+        epsilon_ratio: Float of 0 or more, epsilon / mean square of each channel. It is at least 1
+            where a channel has a single position. Defaults to 3.
+        learned_epsilon: Where epsilon is kept. `"per_channel"` keeps it in a weight, which training
+            and `EpsilonScheduler` change; False makes it a constant. Defaults to `"per_channel"`.
+        replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU, where it follows
+            a replaced layer directly, and no other layer. Defaults to True.
+        restore_biases: Whether the convolution or dense layer before a BatchNormalization layer
+            gets a bias of minus the moving mean, which FRN does not subtract. Defaults to False.
+        verbose: Whether to show the progress of the calibration. Defaults to False.
+        return_report: Whether to return a `ConversionReport`, too. Defaults to False.
 
     Returns:
-        A `keras.Model`, or `(keras.Model, ConversionReport)`.
+        A `keras.Model`, or with `return_report=True` a tuple `(model, report)`.
 
     Raises:
-        ValueError: if the model has no graph of layers (subclassed), is not built, or an argument
-            does not fit.
+        ValueError: if the model is not built, if it is subclassed and so has no graph of layers, if
+            an argument is out of its range, or if the data do not fit the model.
 
     Example:
 
-    >>> frn_model = keras_frn.replace_batch_normalization(model, images[:500])
+    >>> frn_model = keras_frn.replace_batch_normalization(bn_model, images[:500])
 
     Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
     _check_model(model)
-    _check_arguments(epsilon_ratio, learned_epsilon, batch_size)
-    if calibration_data is not None:
-        calibration.sample_count(calibration_data)
+    _check_arguments(epsilon_ratio, learned_epsilon)
+    samples = Samples(model, calibration_data)
     plan = _Plan(model, replace_activations, restore_biases)
     if not plan.norms:
         warnings.warn(
@@ -162,126 +163,125 @@ def replace_batch_normalization(
             "result is a copy.",
             stacklevel=2,
         )
-    ratios = {
-        bn: max(epsilon_ratio, _SINGLE_POSITION_RATIO) if _positions(bn) == 1 else epsilon_ratio
-        for bn in plan.norms
-    }
+    ratios = {}
+    for bn in plan.norms:
+        is_single = graph.positions(bn) == 1
+        ratios[bn] = max(epsilon_ratio, _SINGLE_POSITION_RATIO) if is_single else epsilon_ratio
 
-    def replacement(layer):
+    def copy_one(layer):
         if layer in plan.norms:
             return _frn(layer, ratios[layer], learned_epsilon, layer in plan.centered)
         if layer in plan.tlus:
             return _tlu(layer, plan.tlus[layer])
-        return graph.copy_layer(layer, **({"use_bias": True} if layer in plan.biases else {}))
+        if layer in plan.biases:
+            return graph.copy_layer(layer, {**layer.get_config(), "use_bias": True})
+        return graph.copy_layer(layer)
 
-    converted, clones = graph.clone(model, replacement)
-    for layer, clone in clones.items():
+    converted, copies = graph.copy(model, copy_one)
+    for layer, copy in copies.items():
         if layer in plan.norms:
-            _set_closed_form(clone, layer, ratios[layer], layer in plan.centered)
-        elif layer in plan.biases:
-            kernels = layer.get_weights()[: -1 if layer.use_bias else None]
-            bias = np.asarray(layer.bias) if layer.use_bias else 0.0
-            clone.set_weights([*kernels, bias - np.asarray(plan.biases[layer].moving_mean)])
+            set_closed_form(copy, layer, ratios[layer], layer in plan.centered)
         elif layer not in plan.tlus:
-            graph.copy_weights(layer, clone)
-    graph.copy_trainable(clones)
-    frns = {layer: clones[layer] for layer in plan.norms}
-    if calibration_data is not None and frns:
-        ratios.update(
-            _calibrate(model, converted, frns, calibration_data, batch_size, ratios, verbose)
-        )
-    report = ConversionReport(tuple(plan.entries(ratios)))
-    return (converted, report) if return_report else converted
+            graph.copy_weights(layer, copy)
+        if layer in plan.biases:
+            copy.bias.assign(copy.bias - plan.biases[layer].moving_mean)
+    graph.copy_trainable(copies)
+    replaced = {copies[bn]: bn for bn in plan.norms}
+    if samples.count and replaced:
+        ratios |= fit(model, converted, replaced, ratios, samples, verbose)
+    if not return_report:
+        return converted
+    return converted, ConversionReport(tuple(plan.entries(ratios)))
 
 
 class _Plan:
-    """What becomes of each layer, from the graph of calls of the model and the models inside it."""
+    """What becomes of each layer of a model.
+
+    Attributes:
+        norms: The BatchNormalization layers to replace.
+        tlus: Dict from each activation that becomes TLU to the layer in `norms` before it.
+        biases: Dict from each layer that gets a bias to the layer in `norms` after it.
+        centered: The layers in `norms` whose mean such a bias subtracts.
+    """
 
     def __init__(self, model, replace_activations, restore_biases):
-        self.layers = {}  # layer -> True, in the order of the graph
-        # Layer -> the layers it reads, and those that read it; None is an input or an output.
-        self.sources, self.readers = collections.defaultdict(set), collections.defaultdict(set)
-        self._walk(model, set())
-        self.norms = dict.fromkeys(
-            layer for layer in self.layers if type(layer) is keras.layers.BatchNormalization
-        )
+        self._wiring = graph.Wiring(model)
+        self._layers = dict.fromkeys(call.layer for call in self._wiring.calls)
+        self.norms = [x for x in self._layers if type(x) is keras.layers.BatchNormalization]
         self.tlus, self.biases, self.centered = {}, {}, set()
-        for layer in self.layers if replace_activations else ():
+        for layer in self._layers if replace_activations else ():
+            sources = self._sources(layer)
             norm = self._norm_before(layer)
-            if norm is not None and _is_relu(layer) and self.sources[layer] == {norm}:
+            if norm is not None and _is_relu(layer) and sources == {norm}:
                 self.tlus[layer] = norm
         for norm in self.norms if restore_biases else ():
-            linear = next(iter(self.sources[norm]))
+            sources = self._sources(norm)
+            linear = next(iter(sources))
             if (
-                self.sources[norm] == {linear}
-                and self.readers[linear] == {norm}
+                sources == {linear}
                 and _has_channel_bias(linear, norm)
+                and self._readers(linear) == {norm}
             ):
                 self.biases[linear] = norm
                 self.centered.add(norm)
 
-    def _walk(self, model, seen):
-        if model in seen:
-            return
-        seen.add(model)
-        calls, outputs = graph.calls(model)
-        for layer, sources in calls:
-            self.layers[layer] = True
-            for source in sources:
-                self.sources[layer].add(source)
-                self.readers[source].add(layer)
-            if graph.is_graph(layer):
-                self._walk(layer, seen)
-        for layer in outputs:
-            self.readers[layer].add(None)
+    def _sources(self, layer):
+        """The layers that a layer reads; None is an input."""
+        calls = self._wiring.calls_of(layer)
+        makers = [self._wiring.maker(tensor) for call in calls for tensor in call.inputs]
+        return {maker and maker.layer for maker in makers}
+
+    def _readers(self, layer):
+        """The layers that read a layer; None is an output."""
+        calls = self._wiring.calls_of(layer)
+        readers = [r for call in calls for t in call.outputs for r in self._wiring.readers(t)]
+        return {reader and reader.layer for reader in readers}
 
     def _norm_before(self, layer):
-        """A BatchNormalization whose output the layer reads, or None."""
-        return next((source for source in self.sources[layer] if source in self.norms), None)
+        """A layer in `norms` that the layer reads, or None."""
+        return next((source for source in self._sources(layer) if source in self.norms), None)
 
     def entries(self, ratios):
-        for layer in self.layers:
-            kind, before = type(layer).__name__, self._norm_before(layer)
+        """The rows of the report."""
+        for layer in self._layers:
+            row = {"layer": layer.name, "kind": type(layer).__name__}
             if layer in self.norms:
-                reason = "FRN" + (
-                    ", the mean in a bias before it" if layer in self.centered else ""
-                )
-                yield Replacement(
-                    layer.name,
-                    kind,
-                    "replaced",
-                    reason,
-                    _positions(layer),
-                    float(np.median(ratios[layer])),
-                )
+                mean = ", the mean in a bias before it" if layer in self.centered else ""
+                row |= {"positions": graph.positions(layer)}
+                row |= {"epsilon_ratio": float(np.median(ratios[layer]))}
+                yield Replacement(**row, action="replaced", reason=f"FRN{mean}")
             elif layer in self.tlus:
-                yield Replacement(layer.name, kind, "replaced", _TLU)
+                yield Replacement(**row, action="replaced", reason=_TLU)
             elif layer in self.biases:
-                yield Replacement(layer.name, kind, "changed", "bias of minus the moving mean")
-            elif before is not None and isinstance(layer, _ACTIVATIONS):
-                reason = "other layers come before it too" if _is_relu(layer) else "not a ReLU"
-                if self.sources[layer] == {before} and _is_relu(layer):
-                    reason = "not asked for"
-                yield Replacement(layer.name, kind, "kept", reason)
+                yield Replacement(**row, action="changed", reason="bias of minus the moving mean")
+            elif self._norm_before(layer) is not None and isinstance(layer, _ACTIVATIONS):
+                yield Replacement(**row, action="kept", reason=self._why_kept(layer))
             elif not graph.is_graph(layer) and any(
                 "moving_variance" in weight.path for weight in getattr(layer, "weights", ())
             ):
-                yield Replacement(
-                    layer.name, kind, "kept", "BatchNormalization inside, which no graph shows"
-                )
+                reason = "BatchNormalization inside, which no graph shows"
+                yield Replacement(**row, action="kept", reason=reason)
+
+    def _why_kept(self, activation):
+        if not _is_relu(activation):
+            return "not a ReLU"
+        is_alone = len(self._sources(activation)) == 1
+        return "not asked for" if is_alone else "other layers come before it too"
 
 
 def _frn(bn, ratio, learned_epsilon, centered):
     config = bn.get_config()
-    same = ("name", "trainable", "dtype", "axis", "beta_initializer", "gamma_initializer")
-    same += ("beta_regularizer", "gamma_regularizer", "beta_constraint", "gamma_constraint")
-    constant = _CONSTANT_EPSILON
+    names = ["name", "trainable", "dtype", "axis"]
+    names += [
+        f"{w}_{x}" for w in ("beta", "gamma") for x in ("initializer", "regularizer", "constraint")
+    ]
+    epsilon = CONSTANT_EPSILON
     if not learned_epsilon:
-        constant = (_CONSTANT_EPSILON + ratio * _mean_square(bn, centered)).tolist()
+        epsilon = (epsilon + ratio * Affine.of(bn).mean_square(centered)).tolist()
     return FilterResponseNormalization.from_config(
         {
-            **{key: config[key] for key in same},
-            "epsilon": constant,
+            **{name: config[name] for name in names},
+            "epsilon": epsilon,
             "learned_epsilon": learned_epsilon if ratio else False,
         }
     )
@@ -289,57 +289,13 @@ def _frn(bn, ratio, learned_epsilon, centered):
 
 def _tlu(activation, bn):
     config = activation.get_config()
-    same = {key: config[key] for key in ("name", "trainable", "dtype")}
-    return TLU.from_config({**same, "axis": bn.axis})
-
-
-def _mean_square(bn, centered=False):
-    _, _, mean, variance = calibration.scale_and_offset(bn)
-    return np.maximum(variance if centered else mean**2 + variance, np.finfo("float32").tiny)
-
-
-def _set_closed_form(frn, bn, ratio, centered):
-    scale, offset, mean, _ = calibration.scale_and_offset(bn)
-    mean_square = _mean_square(bn, centered)
-    frn.gamma.assign(scale * np.sqrt(mean_square * (1.0 + ratio) + _CONSTANT_EPSILON))
-    frn.beta.assign(offset + scale * mean if centered else offset)
-    if frn.learned_epsilon is not None:
-        frn.learned_epsilon.assign(ratio * mean_square)
-
-
-def _calibrate(model, converted, frns, data, batch_size, ratios, verbose):
-    measured = calibration.calibrate(
-        _tapped(model, frns),
-        _tapped(converted, frns.values()),
-        {frn: (bn, ratios[bn]) for bn, frn in frns.items()},
-        data,
-        batch_size,
-        verbose,
-    )
-    return {bn: measured[id(frn)] for bn, frn in frns.items() if id(frn) in measured}
-
-
-def _tapped(model, norms):
-    """A copy of the model with taps around these very layers, and their recorder."""
-    norms, recorder = set(norms), calibration.Recorder()
-    copy, clones = graph.clone(
-        model,
-        lambda layer: (
-            calibration.Tap(layer, recorder) if layer in norms else graph.copy_layer(layer)
-        ),
-    )
-    for layer, clone in clones.items():
-        if layer not in norms:
-            graph.copy_weights(layer, clone)
-    return copy, recorder
+    options = {name: config[name] for name in ("name", "trainable", "dtype")}
+    return TLU.from_config({**options, "axis": bn.axis})
 
 
 def _is_relu(layer):
     if type(layer) is keras.layers.ReLU:
-        config = layer.get_config()
-        return (
-            config["max_value"] is None and not config["negative_slope"] and not config["threshold"]
-        )
+        return layer.max_value is None and not layer.negative_slope and not layer.threshold
     return type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
 
 
@@ -352,15 +308,8 @@ def _has_channel_bias(layer, bn):
     return bn.axis % rank == (1 if first else rank - 1)
 
 
-def _positions(layer):
-    """The number of spatial positions of a layer's input, or None if it is not fixed."""
-    shape = list(layer.get_build_config()["input_shape"])
-    del shape[layer.axis], shape[0]
-    return None if None in shape else math.prod(shape)
-
-
 def _check_model(model):
-    if not isinstance(model, keras.Model) or not graph.is_graph(model):
+    if not graph.is_graph(model):
         raise ValueError(
             "`model` must be a functional or Sequential model, whose graph of layers can be "
             f"rewritten. Received: model={model!r} of class {type(model).__name__}. Make a "
@@ -374,7 +323,7 @@ def _check_model(model):
         )
 
 
-def _check_arguments(epsilon_ratio, learned_epsilon, batch_size):
+def _check_arguments(epsilon_ratio, learned_epsilon):
     if (
         isinstance(epsilon_ratio, bool)
         or not isinstance(epsilon_ratio, numbers.Real)
@@ -390,13 +339,4 @@ def _check_arguments(epsilon_ratio, learned_epsilon, batch_size):
             "`learned_epsilon` must be 'per_channel' or False. Received: "
             f"learned_epsilon={learned_epsilon!r}. One epsilon per layer cannot follow the mean "
             "square of each channel."
-        )
-    if (
-        isinstance(batch_size, bool)
-        or not isinstance(batch_size, numbers.Integral)
-        or batch_size < 1
-    ):
-        raise ValueError(
-            f"`batch_size` must be an int of 1 or more. Received: batch_size={batch_size!r}. It "
-            "bounds the memory and does not change the result."
         )

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from .. import graph
 from .. import ops as frn_ops
 from ..layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
@@ -39,7 +40,7 @@ class _KnownSizes:
 
     def call(self, inputs):
         shape = self.compute_output_shape(inputs.shape)
-        if None in shape[1:] or getattr(self, "data_format", "channels_last") != "channels_last":
+        if None in shape[1:] or not _is_channels_last(self):
             return super().call(inputs)
         return ops.reshape(inputs, (-1, *shape[1:]))
 
@@ -52,223 +53,133 @@ class _Reshape(_KnownSizes, layers.Reshape):
     pass
 
 
-_COMMUTING = (
-    layers.Identity,
-    layers.Dropout,
-    layers.SpatialDropout1D,
-    layers.SpatialDropout2D,
-    layers.SpatialDropout3D,
-    layers.ZeroPadding1D,
-    layers.ZeroPadding2D,
-    layers.ZeroPadding3D,
-    layers.Cropping1D,
-    layers.Cropping2D,
-    layers.Cropping3D,
-    layers.UpSampling1D,
-    layers.UpSampling2D,
-    layers.UpSampling3D,
-    _MaxPooling,
-    layers.AveragePooling1D,
-    layers.AveragePooling2D,
-    layers.AveragePooling3D,
-    layers.GlobalMaxPooling1D,
-    layers.GlobalMaxPooling2D,
-    layers.GlobalMaxPooling3D,
-    layers.GlobalAveragePooling1D,
-    layers.GlobalAveragePooling2D,
-    layers.GlobalAveragePooling3D,
-    layers.LeakyReLU,
-)
-# Added numbers go through unchanged.
+def _of_ranks(ranks, *names):
+    return tuple(getattr(layers, name.replace("N", rank, 1)) for name in names for rank in ranks)
+
+
+_MAX_POOLING = _of_ranks("123", "MaxPoolingND")
+_RESHAPING = {layers.Flatten: _Flatten, layers.Reshape: _Reshape}
+_BIASED = (layers.Dense, *_of_ranks("123", "ConvND"))
+_SEPARABLE = _of_ranks("12", "SeparableConvND")
+_DEPTHWISE = _of_ranks("12", "DepthwiseConvND")
+_TRANSPOSED = _of_ranks("123", "ConvNDTranspose")
+# A number added to a channel goes through them unchanged.
 _SHIFTED = (
     layers.Identity,
-    _MaxPooling,
-    layers.GlobalMaxPooling1D,
-    layers.GlobalMaxPooling2D,
-    layers.GlobalMaxPooling3D,
-    layers.AveragePooling1D,
-    layers.AveragePooling2D,
-    layers.AveragePooling3D,
-    layers.GlobalAveragePooling1D,
-    layers.GlobalAveragePooling2D,
-    layers.GlobalAveragePooling3D,
     layers.Dropout,
-    layers.Cropping1D,
-    layers.Cropping2D,
-    layers.Cropping3D,
+    _MaxPooling,
+    *_of_ranks("123", "CroppingND", "AveragePoolingND"),
+    *_of_ranks("123", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
 )
-_MAX_POOLING = (layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)
-_RESHAPING = {layers.Flatten: _Flatten, layers.Reshape: _Reshape}
-_BIASED = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
-_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
-_OTHER_FLOATS = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
+# They map a scaled channel to their output, scaled alike.
+_COMMUTING = (
+    *_SHIFTED,
+    layers.LeakyReLU,
+    *_of_ranks("123", "SpatialDropoutND", "ZeroPaddingND", "UpSamplingND"),
+)
 # f(k * x) = k * f(x) for k > 0.
 _HOMOGENEOUS = (keras.activations.linear, keras.activations.relu, keras.activations.leaky_relu)
+_OTHER_FLOATS = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
 
 
 class _Normalization(layers.Layer):
-    """One of our normalizations with its weights as constants, in a float or an integer form, and
-    with the max-pooling that follows it where `pool_first` says so.
+    """One of our normalizations with its weights as constants, in a float or an integer form.
 
     The integer form takes `rsqrt(max(nu2, floor))`, as the rare large values of
     `rsqrt(nu2 + epsilon)` would stretch the integer range of all others. Where the mean squares
     span more than 8 bits resolve, it normalizes twice: with a large epsilon, which brings the
     samples to similar scales, and then exactly. Above the floor both equal the float form.
+
+    Attributes:
+        gamma, beta, tau, alpha: The weights as arrays, or None.
+        epsilon: All that is added to the mean square.
+        floor: The least mean square of the integer form, or None for the float form.
+        first_epsilon: The epsilon of the first of two normalizations, or None for one.
+        pooling: The max-pooling that follows, as a function, where it comes before the scale.
+        recorded: List that gets the mean squares of each batch, or None.
     """
 
     def __init__(self, source):
         super().__init__(name=source.name, dtype="float32")
         self.supports_masking = True
         self.axis = source.axis
-        epsilon = np.asarray(source.epsilon, "float64")
-        if source.use_learned_epsilon:
-            epsilon = epsilon + np.abs(source.learned_epsilon.numpy())
-        weights = (getattr(source, name, None) for name in ("gamma", "beta", "tau", "alpha"))
-        self.constants = tuple(None if w is None else w.numpy() for w in weights)
-        self.epsilon = epsilon
-        self.rank = source.input_spec.ndim
-        self.recorded = None
-        self.floor = None
-        self.first_epsilon = None
-        self.pooling = None
+        self.rank = _rank(source)
+        self.epsilon = np.asarray(source.epsilon, "float64")
+        if source.learned_epsilon is not None:
+            self.epsilon = self.epsilon + np.abs(ops.convert_to_numpy(source.learned_epsilon))
+        for name in ("gamma", "beta", "tau", "alpha"):
+            weight = getattr(source, name, None)
+            value = None if weight is None else ops.convert_to_numpy(weight).astype("float32")
+            setattr(self, name, value)
+        self.floor = self.first_epsilon = self.pooling = self.recorded = None
+
+    @property
+    def is_channels_last(self):
+        """Whether the channels are the last axis."""
+        return self.axis in (-1, self.rank - 1)
 
     def call(self, inputs, training=None, mask=None):
-        gamma, beta, tau, alpha = (
-            None if c is None else c.astype("float32") for c in self.constants
-        )
         if self.recorded is not None:
             self.recorded.append(ops.convert_to_numpy(self._mean_square(inputs)))
         if mask is None and (self.floor is not None or self.pooling is not None):
-            return self._in_steps(inputs, gamma, beta, tau, alpha)
+            return self._in_steps(inputs)
         options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
-        if tau is None:
-            y = frn_ops.filter_response_normalization(inputs, gamma, beta, **options)
-        else:
-            y = frn_ops.filter_response_normalization_tlu(
-                inputs, gamma, beta, tau, alpha, **options
-            )
+        y = frn_ops.filter_response_normalization(inputs, self.gamma, self.beta, **options)
+        y = self._threshold(y)
         return y if self.pooling is None else self.pooling(y)
 
-    def _in_steps(self, x, gamma, beta, tau, alpha):
-        epsilon = self.epsilon
+    def _in_steps(self, x):
+        epsilon, gamma = self.epsilon, self.gamma
         if self.first_epsilon is not None:
             # With e1 and then e2 the result is x / sqrt((1 + e2) * nu2 + e1 * e2).
-            x = x * ops.rsqrt(self._mean_square(x) + self.aligned(self.first_epsilon, x))
+            x = x * ops.rsqrt(self._mean_square(x) + self.aligned(self.first_epsilon))
             epsilon = epsilon / (self.first_epsilon - epsilon)
             gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
         nu2 = self._mean_square(x)
         if self.floor is None or np.max(epsilon) > _VISIBLE * self.floor / _RESOLVED:
-            nu2 = nu2 + self.aligned(epsilon, x)
+            nu2 = nu2 + self.aligned(epsilon)
         if self.floor is not None:
-            nu2 = ops.maximum(nu2, self.aligned(self.floor, x))
+            nu2 = ops.maximum(nu2, self.aligned(self.floor))
         scale = ops.rsqrt(nu2)
-        scale = scale if gamma is None else scale * self.aligned(gamma, x)
+        scale = scale if gamma is None else scale * self.aligned(gamma)
         y = (x if self.pooling is None else self.pooling(x)) * scale
-        if beta is not None:
-            y = y + self.aligned(beta, x)
-        return y if tau is None else frn_ops.tlu(y, tau, alpha, axis=self.axis)
+        return self._threshold(y if self.beta is None else y + self.aligned(self.beta))
+
+    def _threshold(self, y):
+        return y if self.tau is None else frn_ops.tlu(y, self.tau, self.alpha, axis=self.axis)
 
     def _mean_square(self, x):
-        axes = [axis for axis in range(1, len(x.shape)) if axis != self.axis % len(x.shape)]
-        if self.floor is None:
-            return frn_ops._mean(x * x, axes, in_parts=False)
+        axes = [axis for axis in range(1, self.rank) if axis != self.axis % self.rank]
         return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
 
-    def aligned(self, value, x):
-        """A constant of x's rank, as converters want it."""
+    def aligned(self, value):
+        """A constant of the input's rank, as converters want it."""
         value = np.asarray(value, "float32").reshape(-1)
-        shape = [1] * len(x.shape)
+        shape = [1] * self.rank
         shape[self.axis] = value.size
         return value.reshape(shape)
 
 
-def input_structure(model):
-    """The input of a functional or Sequential model: symbolic tensors, nested as they are."""
-    return model.input if isinstance(model, keras.Function) else model.inputs[0]
-
-
 class InferenceCopy:
-    """A float32 copy of a functional or Sequential model, with its wiring.
+    """A float32 copy of a functional or Sequential model, with new layers and weights.
 
-    Its layers and weights are new; nested models keep their place. `normalizations` are the layers
-    of this package in it, `equalized` the names of those that `equalize` served, and
-    `not_equalized` maps the names of the others to the reason.
+    Attributes:
+        model: The copy.
+        normalizations: The layers of this package in it.
+        equalized: Names of those that `equalize` served.
+        not_equalized: Dict from the names of the others to the reason.
     """
 
     def __init__(self, model):
-        self._copies = []
-        self._calls = []
-        self._same = {}
+        self.model, copies = graph.copy(model, _copy_layer, _float32)
+        for layer, copy in copies.items():
+            if not isinstance(copy, _Normalization):
+                graph.copy_weights(layer, copy)
+        self._wiring = graph.Wiring(self.model)
+        inside = dict.fromkeys(call.layer for call in self._wiring.calls)
+        self.normalizations = [layer for layer in inside if isinstance(layer, _Normalization)]
         self._mean_squares = None
         self.equalized, self.not_equalized = [], {}
-        # A plain functional model, without what the caller compiled: a copy may not restore that.
-        outputs = model.output if isinstance(model, keras.Function) else model.outputs[0]
-        model = keras.Model(input_structure(model), outputs, name=model.name)
-        inputs = keras.tree.map_structure(
-            lambda t: keras.Input(batch_shape=t.shape, dtype=_float32(t.dtype), name=t.name),
-            model.input,
-        )
-        self.model = keras.models.clone_model(
-            model,
-            input_tensors=inputs,
-            clone_function=self._clone,
-            call_function=self._call,
-            recursive=True,
-        )
-        for source, copy in self._copies:
-            if not isinstance(copy, _Normalization):
-                weights = source.get_weights()
-                zeros = [np.zeros(w.shape, w.dtype) for w in copy.weights[len(weights) :]]
-                copy.set_weights(weights + zeros)
-                if hasattr(copy, "finalize_state"):
-                    copy.finalize_state()  # of layers that `adapt` to data
-        self.normalizations = [c for _, c in self._copies if isinstance(c, _Normalization)]
-
-    def _clone(self, layer):
-        if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
-            copy = _Normalization(layer)
-        else:
-            config = _float32(layer.get_config())
-            kind = _RESHAPING.get(type(layer), type(layer))
-            if kind in _BIASED:
-                config["use_bias"] = True  # which the kernels of the runtime have anyway
-            # A Lambda is the caller's own code, not a file's.
-            options = {"safe_mode": False} if isinstance(layer, layers.Lambda) else {}
-            copy = kind.from_config(config, **options)
-            if kind in _MAX_POOLING and _is_channels_last(copy):
-                copy = _MaxPooling(copy)
-        if isinstance(layer, keras.Layer):
-            self._copies.append((layer, copy))
-        return copy
-
-    def _call(self, layer, *args, **kwargs):
-        outputs = layer(*args, **kwargs)
-        self._connect(layer, _tensors((args, kwargs)), _tensors(outputs))
-        return outputs
-
-    def _connect(self, layer, inputs, outputs):
-        if isinstance(layer, keras.Sequential):
-            for inner in layer.layers[:-1]:
-                between = keras.KerasTensor(())
-                self._connect(inner, inputs, [between])
-                inputs = [between]
-            self._connect(layer.layers[-1], inputs, outputs)
-        elif isinstance(layer, keras.Function):
-            self._calls.append((layer, [], []))
-            for inside, outside in zip(layer.inputs, inputs):
-                self._same[id(inside)] = self._tensor(outside)
-            for inside, outside in zip(layer.outputs, outputs):
-                self._same[id(outside)] = self._tensor(inside)
-        else:
-            self._calls.append((layer, inputs, outputs))
-
-    def _tensor(self, tensor):
-        """One of the tensors that are the same on both sides of the border of a nested model."""
-        while id(tensor) in self._same:
-            tensor = self._same[id(tensor)]
-        return tensor
 
     def absorb_offsets(self):
         """Moves beta behind TLU, and there into the bias of the next layer, where that is exact.
@@ -277,50 +188,40 @@ class InferenceCopy:
         is exact unless the next layer pads with zeros.
         """
         for layer in self.normalizations:
-            gamma, beta, tau, alpha = layer.constants
-            outputs = [outputs for caller, _, outputs in self._calls if caller is layer]
-            if beta is None or alpha is not None or len(outputs) != 1:
+            beta, calls = layer.beta, self._wiring.calls_of(layer)
+            is_plain = layer.alpha is None and layer.is_channels_last
+            if beta is None or not is_plain or len(calls) != 1:
                 continue
             try:
-                thresholds, targets = self._absorbers(outputs[0][0])
-            except _NotScalableError:
+                absorbers = self._absorbers(calls[0].outputs[0])
+            except _NotPossibleError:
                 continue
-            if layer.axis not in (-1, layer.rank - 1):
-                continue
-            if tau is not None:
-                tau = tau - beta
-            for threshold in thresholds:
-                threshold.tau.assign(threshold.tau - beta)
-            for target in targets:
-                *others, bias = target.get_weights()
+            layer.beta = None
+            if layer.tau is not None:
+                layer.tau = layer.tau - beta
+            for absorber in absorbers:
+                if isinstance(absorber, TLU):
+                    absorber.tau.assign(absorber.tau - beta)
+                    continue
+                *others, bias = absorber.get_weights()
                 kernel = others[0].astype("float64").reshape(-1, *others[0].shape[-2:])
-                target.set_weights([*others, bias + beta @ kernel.sum(0)])
-            layer.constants = (gamma, None, tau, alpha)
+                absorber.set_weights([*others, bias + beta @ kernel.sum(0)])
 
     def _absorbers(self, tensor):
-        """The TLU layers to shift and the layers whose bias takes what is added to `tensor`."""
-        tensor = self._tensor(tensor)
-        if any(self._tensor(out) is tensor for out in self.model.outputs):
-            raise _NotScalableError
-        thresholds, targets = [], []
-        for layer, inputs, outputs in self._calls:
-            if not any(self._tensor(used) is tensor for used in inputs):
-                continue
-            if len(inputs) != 1 or sum(caller is layer for caller, _, _ in self._calls) > 1:
-                raise _NotScalableError
-            if _is_threshold(layer):
-                found = self._absorbers(outputs[0])
-                thresholds += [layer, *found[0]]
-                targets += found[1]
-            elif isinstance(layer, _SHIFTED) and _is_channels_last(layer):
-                found = self._absorbers(outputs[0])
-                thresholds += found[0]
-                targets += found[1]
-            elif _takes_offset(layer):
-                targets.append(layer)
+        """The TLU layers to shift and the layers whose bias takes what is added to a tensor."""
+        absorbers = []
+        for call in self._wiring.readers(tensor):
+            if call is None or len(call.inputs) != 1 or not self._is_called_once(call.layer):
+                raise _NotPossibleError
+            if _is_threshold(call.layer):
+                absorbers += [call.layer, *self._absorbers(call.outputs[0])]
+            elif isinstance(call.layer, _SHIFTED) and _is_channels_last(call.layer):
+                absorbers += self._absorbers(call.outputs[0])
+            elif _takes_offset(call.layer):
+                absorbers.append(call.layer)
             else:
-                raise _NotScalableError
-        return thresholds, targets
+                raise _NotPossibleError
+        return absorbers
 
     def pool_first(self):
         """Takes maxima before the scale where that is exact, as it leaves fewer positions to scale.
@@ -329,50 +230,42 @@ class InferenceCopy:
         mean squares are those of all positions.
         """
         for layer in self.normalizations:
-            gamma, _, _, alpha = layer.constants
-            rises = gamma is None or np.all(gamma > 0)
-            pooling = self._next_pooling(layer) if rises and alpha is None else None
-            if pooling is not None and layer.axis in (-1, layer.rank - 1):
+            rises = layer.gamma is None or np.all(layer.gamma > 0)
+            if not rises or layer.alpha is not None or not layer.is_channels_last:
+                continue
+            pooling = self._next_pooling(layer)
+            if pooling is not None:
                 # Its method, as a layer that is built takes no new layers.
                 layer.pooling, pooling.is_done = pooling.pooling.call, True
 
     def _next_pooling(self, layer):
         """The `_MaxPooling` behind the layer, or behind its TLU, if nothing else reads either."""
-        outputs = [outputs for caller, _, outputs in self._calls if caller is layer]
-        if len(outputs) != 1:
+        calls = self._wiring.calls_of(layer)
+        if len(calls) != 1:
             return None
         if isinstance(layer, _MaxPooling):
             return layer
-        (tensor,) = outputs[0]
-        readers = self._readers(tensor)
-        # Another tensor is read inside of a nested model, which checks sizes at its border.
-        if len(readers) != 1 or readers[0][1] is not tensor:
+        (tensor,) = calls[0].outputs
+        readers = self._wiring.readers(tensor)
+        if len(readers) != 1 or readers[0] is None or self._wiring.is_checked(tensor):
             return None
-        reader = readers[0][0]
+        reader = readers[0].layer
         passes_on = isinstance(reader, _MaxPooling) or _is_threshold(reader)
         return self._next_pooling(reader) if passes_on else None
-
-    def _readers(self, tensor):
-        """Pairs of a layer, or None for the model's output, and the tensor as it is read there."""
-        tensor = self._tensor(tensor)
-        calls = [(caller, used) for caller, inputs, _ in self._calls for used in inputs]
-        calls += [(None, output) for output in self.model.outputs]
-        return [(reader, used) for reader, used in calls if self._tensor(used) is tensor]
 
     def equalize(self, batches):
         """Scales each input channel of a normalization to unit root mean square on the batches."""
         self._record(batches)
         for layer in self.normalizations:
             values = self._mean_squares[layer]
-            channels = layer.axis % values.ndim
-            others = tuple(axis for axis in range(values.ndim) if axis != channels)
+            others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
             factor = 1 / np.sqrt(values.mean(others) + layer.epsilon)
             try:
-                targets = self._scalable(self._input_of(layer), factor)
-            except _NotScalableError as reason:
+                scaled = self._scalable(self._input_of(layer), factor)
+            except _NotPossibleError as reason:
                 self.not_equalized[layer.name] = str(reason)
                 continue
-            for target, part in targets:
+            for target, part in scaled:
                 target.set_weights(_scaled_weights(target, part))
             layer.epsilon = layer.epsilon * factor**2
             self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
@@ -383,8 +276,7 @@ class InferenceCopy:
         if self._mean_squares is None:
             self._record(batches)
         for layer in self.normalizations:
-            values = self._mean_squares[layer]
-            values = values + layer.aligned(layer.epsilon, values)
+            values = self._mean_squares[layer] + layer.aligned(layer.epsilon)
             largest = values.max()
             if np.quantile(values, 0.1) < _RESOLVED * largest:
                 layer.first_epsilon = np.maximum(_FIRST_EPSILON * largest, 2 * layer.epsilon)
@@ -395,48 +287,65 @@ class InferenceCopy:
         for layer in self.normalizations:
             layer.recorded = []
         for batch in batches:
-            self.model(keras.tree.pack_sequence_as(self.model.input, batch), training=False)
+            self.model(graph.inputs_like(self.model, batch), training=False)
         self._mean_squares = {}
         for layer in self.normalizations:
             self._mean_squares[layer] = np.concatenate(layer.recorded).astype("float64")
             layer.recorded = None
 
+    def _is_called_once(self, layer):
+        return len(self._wiring.calls_of(layer)) == 1
+
     def _input_of(self, layer):
-        inputs = [inputs for caller, inputs, _ in self._calls if caller is layer]
-        if len(inputs) != 1:
-            raise _NotScalableError("it is used in several places")
-        if layer.axis not in (-1, layer.rank - 1):
-            raise _NotScalableError("its channels are not the last axis")
-        return inputs[0][0]
+        if not self._is_called_once(layer):
+            raise _NotPossibleError("it is used in several places")
+        if not layer.is_channels_last:
+            raise _NotPossibleError("its channels are not the last axis")
+        return self._wiring.calls_of(layer)[0].inputs[0]
 
     def _scalable(self, tensor, factor):
-        """The layers to scale, with their factors, so that `tensor` is scaled and nothing else."""
-        tensor = self._tensor(tensor)
-        readers = self._readers(tensor)
+        """Pairs of a layer and its factor that scale a tensor, and nothing else."""
+        readers = self._wiring.readers(tensor)
         if len(readers) > 1:
-            last = readers[-1][0]
-            name = "the model's output" if last is None else last.name
-            raise _NotScalableError(f"what feeds it also feeds {name}")
-        made = [call for call in self._calls if any(t is tensor for t in call[2])]
-        if not made:
-            raise _NotScalableError("it is fed by the model's input")
-        layer, inputs, _ = made[0]
-        if sum(caller is layer for caller, _, _ in self._calls) > 1:
-            raise _NotScalableError(f"{layer.name} is used in several places")
+            last = "the model's output" if readers[-1] is None else readers[-1].layer.name
+            raise _NotPossibleError(f"what feeds it also feeds {last}")
+        call = self._wiring.maker(tensor)
+        if call is None:
+            raise _NotPossibleError("it is fed by the model's input")
+        layer, inputs = call.layer, call.inputs
+        if not self._is_called_once(layer):
+            raise _NotPossibleError(f"{layer.name} is used in several places")
+        parts = None
         if isinstance(layer, layers.Add) and all(t.shape[-1] == factor.size for t in inputs):
-            return [target for t in inputs for target in self._scalable(t, factor)]
-        if isinstance(layer, layers.Concatenate) and layer.axis in (-1, len(tensor.shape) - 1):
+            parts = [factor] * len(inputs)
+        elif isinstance(layer, layers.Concatenate) and layer.axis in (-1, len(tensor.shape) - 1):
             parts = np.split(factor, np.cumsum([t.shape[-1] for t in inputs])[:-1])
-            return [target for t, part in zip(inputs, parts) for target in self._scalable(t, part)]
-        if _commutes(layer):
-            return self._scalable(inputs[0], factor)
+        elif _commutes(layer):
+            parts = [factor]
+        if parts is not None:
+            return [pair for t, part in zip(inputs, parts) for pair in self._scalable(t, part)]
         if not _is_scalable(layer):
-            raise _NotScalableError(f"{layer.name} ({type(layer).__name__}) cannot be scaled")
+            raise _NotPossibleError(f"{layer.name} ({type(layer).__name__}) cannot be scaled")
         return [(layer, factor)]
 
 
-class _NotScalableError(Exception):
-    """Says why a channel cannot be scaled."""
+class _NotPossibleError(Exception):
+    """Says why a change would not be exact."""
+
+
+def _copy_layer(layer):
+    if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
+        return _Normalization(layer)
+    config = _float32(layer.get_config())
+    if type(layer) in _BIASED:
+        config["use_bias"] = True  # which the kernels of the runtime have anyway
+    copy = graph.copy_layer(layer, config, _RESHAPING.get(type(layer)))
+    is_pooling = type(layer) in _MAX_POOLING and _is_channels_last(layer)
+    return _MaxPooling(copy) if is_pooling else copy
+
+
+def _rank(layer):
+    return len(layer.get_build_config()["input_shape"])
 
 
 def _commutes(layer):
@@ -465,8 +374,8 @@ def _is_threshold(layer):
     """Whether the layer is `max(y, tau)` with one tau per channel."""
     if not isinstance(layer, TLU) or layer.affine:
         return False
-    rank = layer.input_spec.ndim
-    return [axis % rank for axis in layer.input_spec.axes] == [rank - 1]
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    return [axis % _rank(layer) for axis in axes] == [_rank(layer) - 1]
 
 
 def _takes_offset(layer):
@@ -496,10 +405,6 @@ def _scaled_weights(layer, factor):
     if layer.use_bias:
         weights[-1] = weights[-1] * factor
     return weights
-
-
-def _tensors(structure):
-    return [t for t in keras.tree.flatten(structure) if isinstance(t, keras.KerasTensor)]
 
 
 def _float32(config):
