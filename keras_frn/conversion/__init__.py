@@ -15,14 +15,6 @@ from .fit import CONSTANT_EPSILON, Affine, fit, set_closed_form
 
 # Below this, a channel of one position would be close to its sign: unit energy whatever the input.
 _SINGLE_POSITION_RATIO = 1.0
-_LINEAR = [keras.layers.Dense]
-_LINEAR += [getattr(keras.layers, f"Conv{rank}D") for rank in "123"]
-_LINEAR += [getattr(keras.layers, f"Conv{rank}DTranspose") for rank in "123"]
-_LINEAR += [
-    getattr(keras.layers, f"{kind}Conv{rank}D")
-    for kind in ("Depthwise", "Separable")
-    for rank in "12"
-]
 _ACTIVATIONS = (
     keras.layers.Activation,
     keras.layers.ReLU,
@@ -40,7 +32,7 @@ class Replacement:
     Attributes:
         layer: Name of the layer.
         kind: Name of its class.
-        action: `"replaced"`, `"changed"` or `"kept"`.
+        action: `"replaced"` or `"kept"`.
         reason: What it became, or why it was kept.
         positions: Number of spatial positions of a BatchNormalization layer, where it is fixed.
         epsilon_ratio: The median over its channels of epsilon / mean square. Near 0 is FRN as in
@@ -61,8 +53,7 @@ class ConversionReport:
 
     Attributes:
         entries: A `Replacement` for each BatchNormalization layer, for each activation after one,
-            for each layer that got a bias, and for each layer that has a BatchNormalization layer
-            inside which no graph shows.
+            and for each layer that has a BatchNormalization layer inside which no graph shows.
     """
 
     entries: tuple[Replacement, ...]
@@ -100,7 +91,6 @@ def replace_batch_normalization(
     epsilon_ratio=3.0,
     learned_epsilon="per_channel",
     replace_activations=True,
-    restore_biases=False,
     verbose=False,
     return_report=False,
 ):
@@ -136,8 +126,6 @@ def replace_batch_normalization(
             and `EpsilonScheduler` change; False makes it a constant. Defaults to `"per_channel"`.
         replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU, where it follows
             a replaced layer directly, and no other layer. Defaults to True.
-        restore_biases: Whether the convolution or dense layer before a BatchNormalization layer
-            gets a bias of minus the moving mean, which FRN does not subtract. Defaults to False.
         verbose: Whether to show the progress of the calibration. Defaults to False.
         return_report: Whether to return a `ConversionReport`, too. Defaults to False.
 
@@ -156,7 +144,7 @@ def replace_batch_normalization(
     _check_model(model)
     _check_arguments(epsilon_ratio, learned_epsilon)
     samples = Samples(model, calibration_data)
-    plan = _Plan(model, replace_activations, restore_biases)
+    plan = _Plan(model, replace_activations)
     if not plan.norms:
         warnings.warn(
             f"Model {model.name!r} has no BatchNormalization layer that can be replaced: the "
@@ -170,21 +158,17 @@ def replace_batch_normalization(
 
     def copy_one(layer):
         if layer in plan.norms:
-            return _frn(layer, ratios[layer], learned_epsilon, layer in plan.centered)
+            return _frn(layer, ratios[layer], learned_epsilon)
         if layer in plan.tlus:
             return _tlu(layer, plan.tlus[layer])
-        if layer in plan.biases:
-            return graph.copy_layer(layer, {**layer.get_config(), "use_bias": True})
         return graph.copy_layer(layer)
 
     converted, copies = graph.copy(model, copy_one)
     for layer, copy in copies.items():
         if layer in plan.norms:
-            set_closed_form(copy, layer, ratios[layer], layer in plan.centered)
+            set_closed_form(copy, layer, ratios[layer])
         elif layer not in plan.tlus:
             graph.copy_weights(layer, copy)
-        if layer in plan.biases:
-            copy.bias.assign(copy.bias - plan.biases[layer].moving_mean)
     graph.copy_trainable(copies)
     replaced = {copies[bn]: bn for bn in plan.norms}
     if samples.count and replaced:
@@ -200,42 +184,24 @@ class _Plan:
     Attributes:
         norms: The BatchNormalization layers to replace.
         tlus: Dict from each activation that becomes TLU to the layer in `norms` before it.
-        biases: Dict from each layer that gets a bias to the layer in `norms` after it.
-        centered: The layers in `norms` whose mean such a bias subtracts.
     """
 
-    def __init__(self, model, replace_activations, restore_biases):
+    def __init__(self, model, replace_activations):
         self._wiring = graph.Wiring(model)
         self._layers = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.norms = [x for x in self._layers if type(x) is keras.layers.BatchNormalization]
-        self.tlus, self.biases, self.centered = {}, {}, set()
+        self.tlus = {}
         for layer in self._layers if replace_activations else ():
             sources = self._sources(layer)
             norm = self._norm_before(layer)
             if norm is not None and _is_relu(layer) and sources == {norm}:
                 self.tlus[layer] = norm
-        for norm in self.norms if restore_biases else ():
-            sources = self._sources(norm)
-            linear = next(iter(sources))
-            if (
-                sources == {linear}
-                and _has_channel_bias(linear, norm)
-                and self._readers(linear) == {norm}
-            ):
-                self.biases[linear] = norm
-                self.centered.add(norm)
 
     def _sources(self, layer):
         """The layers that a layer reads; None is an input."""
         calls = self._wiring.calls_of(layer)
         makers = [self._wiring.maker(tensor) for call in calls for tensor in call.inputs]
         return {maker and maker.layer for maker in makers}
-
-    def _readers(self, layer):
-        """The layers that read a layer; None is an output."""
-        calls = self._wiring.calls_of(layer)
-        readers = [r for call in calls for t in call.outputs for r in self._wiring.readers(t)]
-        return {reader and reader.layer for reader in readers}
 
     def _norm_before(self, layer):
         """A layer in `norms` that the layer reads, or None."""
@@ -246,14 +212,11 @@ class _Plan:
         for layer in self._layers:
             row = {"layer": layer.name, "kind": type(layer).__name__}
             if layer in self.norms:
-                mean = ", the mean in a bias before it" if layer in self.centered else ""
                 row |= {"positions": graph.positions(layer)}
                 row |= {"epsilon_ratio": float(np.median(ratios[layer]))}
-                yield Replacement(**row, action="replaced", reason=f"FRN{mean}")
+                yield Replacement(**row, action="replaced", reason="FRN")
             elif layer in self.tlus:
                 yield Replacement(**row, action="replaced", reason=_TLU)
-            elif layer in self.biases:
-                yield Replacement(**row, action="changed", reason="bias of minus the moving mean")
             elif self._norm_before(layer) is not None and isinstance(layer, _ACTIVATIONS):
                 yield Replacement(**row, action="kept", reason=self._why_kept(layer))
             elif not graph.is_graph(layer) and any(
@@ -269,7 +232,7 @@ class _Plan:
         return "not asked for" if is_alone else "other layers come before it too"
 
 
-def _frn(bn, ratio, learned_epsilon, centered):
+def _frn(bn, ratio, learned_epsilon):
     config = bn.get_config()
     names = ["name", "trainable", "dtype", "axis"]
     names += [
@@ -277,7 +240,7 @@ def _frn(bn, ratio, learned_epsilon, centered):
     ]
     epsilon = CONSTANT_EPSILON
     if not learned_epsilon:
-        epsilon = (epsilon + ratio * Affine.of(bn).mean_square(centered)).tolist()
+        epsilon = (epsilon + ratio * Affine.of(bn).mean_square).tolist()
     return FilterResponseNormalization.from_config(
         {
             **{name: config[name] for name in names},
@@ -297,15 +260,6 @@ def _is_relu(layer):
     if type(layer) is keras.layers.ReLU:
         return layer.max_value is None and not layer.negative_slope and not layer.threshold
     return type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
-
-
-def _has_channel_bias(layer, bn):
-    """Whether a bias of this layer is an offset of the channels of the BatchNormalization."""
-    if type(layer) not in _LINEAR or layer.activation is not keras.activations.linear:
-        return False
-    rank = bn.input_spec.ndim
-    first = getattr(layer, "data_format", "channels_last") == "channels_first"
-    return bn.axis % rank == (1 if first else rank - 1)
 
 
 def _check_model(model):

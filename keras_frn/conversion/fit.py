@@ -33,20 +33,20 @@ class Affine:
         offset = (0.0 if bn.beta is None else _float64(bn.beta)) - scale * mean
         return cls(scale, offset, mean, variance)
 
-    def mean_square(self, centered):
-        """The mean square of the inputs; centered where a bias subtracts the mean before."""
-        square = self.variance if centered else self.mean**2 + self.variance
-        return np.maximum(square, _TINY)
+    @property
+    def mean_square(self):
+        """The mean square of the inputs, per channel."""
+        return np.maximum(self.mean**2 + self.variance, _TINY)
 
 
-def set_closed_form(frn, bn, ratio, centered):
+def set_closed_form(frn, bn, ratio):
     """Sets the weights that give what BatchNormalization gave for a sample of typical energy."""
     affine = Affine.of(bn)
-    mean_square = affine.mean_square(centered)
-    frn.gamma.assign(affine.scale * np.sqrt(mean_square * (1.0 + ratio) + CONSTANT_EPSILON))
-    frn.beta.assign(affine.offset + affine.scale * affine.mean if centered else affine.offset)
+    scale = np.sqrt(affine.mean_square * (1.0 + ratio) + CONSTANT_EPSILON)
+    frn.gamma.assign(affine.scale * scale)
+    frn.beta.assign(affine.offset)
     if frn.learned_epsilon is not None:
-        frn.learned_epsilon.assign(ratio * mean_square)
+        frn.learned_epsilon.assign(ratio * affine.mean_square)
 
 
 def fit(model, converted, replaced, ratios, samples, verbose):
