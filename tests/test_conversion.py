@@ -1,11 +1,10 @@
 import json
-import pathlib
-import re
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
+from markdown import run_code
 from reference import close
 
 import keras_frn
@@ -468,14 +467,10 @@ def test_an_unbuilt_model_is_refused():
 
 
 def test_the_examples_of_the_guide(rng, capsys):
-    guide = pathlib.Path(__file__).parents[1] / "docs" / "converting-batch-normalization.md"
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
-    assert len(blocks) == 3
     images = rng.normal(size=(264, 8, 8, 3)).astype("float32")
     names = {"model": _trained(_residual(), rng), "images": images}
     names |= {"keras": keras, "keras_frn": keras_frn}
-    for block in blocks:
-        exec(block, names)
+    assert run_code("docs/converting-batch-normalization.md", names) == 3
     assert "3 BatchNormalization layers became FRN" in capsys.readouterr().out
     assert len(names["functional"].layers) == len(names["model"].layers)
     assert names["scheduler"].ratio == pytest.approx(0.1)

@@ -121,8 +121,9 @@ def export_tflite(
 
     Example:
 
-    >>> report = keras_frn.export_tflite(model, "model.tflite", "int8", images[:300])
-    >>> print(report)
+    >>> report = keras_frn.export_tflite(model, "model.tflite", "int8", images[:50])
+    >>> report.samples
+    50
     """
     path = _checked_path(path)
     preset = _checked_preset(quantization, integer_io)
