@@ -14,11 +14,11 @@ trained that network, before a conversion as well as after it.
 
 import argparse
 import csv
-import gzip
 import importlib.util
 import itertools
 import os
 import pathlib
+import sys
 import zipfile
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -28,23 +28,13 @@ import keras
 import numpy as np
 from keras import layers
 
-from keras_frn.conversion import replace_batch_normalization
-from keras_frn.schedule import EpsilonSchedule
+import keras_frn
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
+from build import FASHION_MNIST, fashion_mnist
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "conversion.csv"
 TRAINED_ON, CALIBRATION, FINE_TUNING, TEST = 12_000, 200, 1_000, 2_000
-
-
-def fashion_mnist(folder):
-    def read(name, skip):
-        return np.frombuffer(gzip.open(pathlib.Path(folder) / name).read(), np.uint8)[skip:]
-
-    data = []
-    for split in ("train", "t10k"):
-        images = read(f"{split}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28, 1)
-        labels = read(f"{split}-labels-idx1-ubyte.gz", 8).astype("int32")
-        data += [images.astype("float32") / 255, labels]
-    return data
 
 
 def bn(x):
@@ -166,7 +156,7 @@ def soft_targets(model, x):
 
 
 def converted(model, data=None, ratio=3.0, **kwargs):
-    return replace_batch_normalization(model, data, epsilon_ratio=ratio, verbose=False, **kwargs)
+    return keras_frn.replace_batch_normalization(model, data, epsilon_ratio=ratio, **kwargs)
 
 
 def baseline(model, copied):
@@ -200,7 +190,7 @@ def measure(model, calibration, tuning, test):
         (targets, "the original's outputs", 1e-3),
         (y, "labels", 1e-3),
     ):
-        schedule = EpsilonSchedule(steps=60)
+        schedule = keras_frn.callbacks.EpsilonScheduler(steps=60)
         tuned = fine_tune(converted(model, calibration), x, goal, 4, rate, [schedule])
         yield "calibrated", "3 to 0.1", f"tuned on {what}, Adam {rate:g}", accuracy(tuned, *test)
     tuned = fine_tune(converted(model, calibration), x, y)
@@ -230,7 +220,7 @@ def shifted(model, tuning, test):
         ("calibrated", 3.0, lambda: converted(model, x[:CALIBRATION]), ()),
         ("calibrated", "3 to 0.1", lambda: converted(model, x[:CALIBRATION]), (120,)),
     ):
-        schedules = [EpsilonSchedule(batches) for batches in callbacks]
+        schedules = [keras_frn.callbacks.EpsilonScheduler(batches) for batches in callbacks]
         tuned = fine_tune(make(), x, y, 2, 1e-3 if callbacks else 3e-3, schedules)
         yield name, ratio, "shifted task, tuned at batch 2", accuracy(tuned, *test)
 
@@ -245,12 +235,13 @@ def previous_rows(networks):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=["resnet", "mobilenet", "fer", "resnet8"])
-    parser.add_argument("--fashion-mnist", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--fashion-mnist", default=FASHION_MNIST)
     parser.add_argument("--work", default="networks", type=pathlib.Path)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    x, y, test_x, test_y = fashion_mnist(arguments.fashion_mnist)
-    test_x, test_y = test_x[:TEST], test_y[:TEST]
+    data = fashion_mnist(arguments.fashion_mnist)
+    x, y = data.train_images, data.train_labels
+    test_x, test_y = data.test_images[:TEST], data.test_labels[:TEST]
     rows = previous_rows(arguments.networks)
     for network in arguments.networks:
         calibration, tuning = x[30_000 : 30_000 + CALIBRATION], x[40_000 : 40_000 + FINE_TUNING]

@@ -27,10 +27,11 @@ import numpy as np
 from keras import layers
 
 import keras_frn
+from keras_frn.export.quantization import PRESETS
+from keras_frn.export.runtime import LiteRT
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
-from build_fashion_mnist_resnet import fashion_mnist
-from formats import PRESETS, run_litert
+from build import FASHION_MNIST, fashion_mnist, run_litert
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -123,7 +124,8 @@ def accuracy_rows(name, folder, train, test):
     }
     for case, (network, data, inputs) in cases.items():
         exact = network.predict(inputs, batch_size=500, verbose=0)
-        for preset, quantization in PRESETS.items():
+        for quantization in PRESETS:
+            preset = quantization or "float32"
             path = os.path.join(folder, "model.tflite")
             report = keras_frn.export_tflite(network, path, quantization, data)
             # Its kernels are the slow reference ones.
@@ -210,8 +212,6 @@ def random_weights(model, rng):
 
 
 def latency_table(folder, quick):
-    from ai_edge_litert.interpreter import Interpreter
-
     rng, rows = np.random.default_rng(0), []
     networks = {"small": small, "wide": wide, "resnet18": resnet18, "pooled": pooled}
     for name, build in networks.items():
@@ -220,19 +220,18 @@ def latency_table(folder, quick):
             "bn": random_weights(build(batch_norm), rng),
         }
         data = rng.normal(size=(8, *models["bn"].input_shape[1:])).astype("float32")
-        for preset in ("float32", "dynamic", "int8", "int8_float_statistics"):
+        for quantization in (None, "dynamic", "int8", "int8_float_statistics"):
             runs, sizes = {}, {}
             for kind, model in models.items():
                 path = os.path.join(folder, f"{kind}.tflite")
-                report = keras_frn.export_tflite(model, path, PRESETS[preset], data)
-                interpreter = Interpreter(path, num_threads=1)
-                interpreter.allocate_tensors()
-                interpreter.set_tensor(interpreter.get_input_details()[0]["index"], data[:1])
-                runs[kind], sizes[kind] = interpreter, report.size
+                report = keras_frn.export_tflite(model, path, quantization, data)
+                runtime = LiteRT(path)
+                runtime(data[:1])
+                runs[kind], sizes[kind] = runtime.interpreter, report.size
             ms = medians(runs, 5 if quick else 20)
             row = {
                 "network": name,
-                "preset": preset,
+                "preset": quantization or "float32",
                 "frn_ms": ms["frn"],
                 "bn_ms": ms["bn"],
                 "ratio": ms["frn"] / ms["bn"],
@@ -280,7 +279,7 @@ def write(rows, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST)
     parser.add_argument("--models", help="where trained networks are kept; a temporary folder")
     parser.add_argument("--networks", nargs="*", default=["resnet", "separable", "valid"])
     parser.add_argument("--parts", nargs="*", default=["accuracy", "latency"])
@@ -288,7 +287,9 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if "accuracy" in arguments.parts:
-            train, test = fashion_mnist(arguments.data)
+            data = fashion_mnist(arguments.data)
+            train = data.train_images, data.train_labels
+            test = data.test_images, data.test_labels
             for name in arguments.networks:
                 rows = accuracy_rows(name, arguments.models or folder, train, test)
                 write(list(rows), "quantization.csv")

@@ -7,21 +7,20 @@ from . import legacy, ops  # noqa: F401  (legacy registers what migrated files n
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 if TYPE_CHECKING:
-    from . import models
+    from . import callbacks, models
     from .addons import load_addons_model, load_addons_weights
     from .conversion import ConversionReport, replace_batch_normalization
     from .export import ExportReport, export_tflite
-    from .schedule import EpsilonSchedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "TLU",
     "ConversionReport",
-    "EpsilonSchedule",
     "ExportReport",
     "FilterResponseNormalization",
     "FilterResponseNormalizationTLU",
+    "callbacks",
     "export_tflite",
     "load_addons_model",
     "load_addons_weights",
@@ -33,7 +32,6 @@ __all__ = [
 # What files need is there at once; tools load when they are first used.
 _HOMES = {
     "ConversionReport": "conversion",
-    "EpsilonSchedule": "schedule",
     "ExportReport": "export",
     "export_tflite": "export",
     "load_addons_model": "addons",
@@ -43,8 +41,8 @@ _HOMES = {
 
 
 def __getattr__(name):
-    if name == "models":
-        return importlib.import_module(".models", __name__)
+    if name in ("callbacks", "models"):
+        return importlib.import_module(f".{name}", __name__)
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -92,14 +92,12 @@ def _demo(arguments):
 def _inspect(arguments):
     import keras
 
+    from . import graph
     from .layers import TLU, FilterResponseNormalization
 
     model = _load(arguments.model)
-    layers = [
-        layer
-        for layer in model._flatten_layers(include_self=False)
-        if isinstance(layer, (FilterResponseNormalization, TLU))
-    ]
+    kinds = (FilterResponseNormalization, TLU)
+    layers = [layer for layer in graph.layers(model) if isinstance(layer, kinds)]
     print(f"{model.name}: {len(layers)} FRN and TLU layers, {model.count_params():,} parameters")
     for layer in layers:
         print(f"{layer.name} ({type(layer).__name__}, axis={layer.axis})")
@@ -133,6 +131,7 @@ def _convert(arguments):
         _load(arguments.model),
         _array(arguments.calibration),
         epsilon_ratio=arguments.epsilon_ratio,
+        verbose=True,
         return_report=True,
     )
     print(report)
@@ -149,10 +148,10 @@ def _migrate(arguments):
     from .addons import migrate
 
     inputs = _array(arguments.check)
-    model, found = migrate(
+    model, findings = migrate(
         arguments.model, arguments.output, weights=arguments.weights, tau=arguments.tau
     )
-    print("\n".join(found))
+    print("\n".join(findings))
     if inputs is not None:
         print(model.predict(inputs, verbose=0))
     print(f"wrote {arguments.output}")

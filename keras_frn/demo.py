@@ -1,5 +1,7 @@
 """The main job, end to end: train on real digits, save, reload, export, compare."""
 
+import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,11 +12,12 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from .export.runtime import LiteRT
 from .layers import FilterResponseNormalizationTLU
 
 EPOCHS = 24
 
-# Run in a process that imports nothing else, as a user's program would load the file.
+# A user's program, which imports nothing else to load the file.
 _PREDICT = """
 import sys
 import numpy as np
@@ -24,6 +27,17 @@ path, images, result = sys.argv[1:]
 model = keras.models.load_model(path)
 np.save(result, model.predict(np.load(images), verbose=0))
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the results: a format, and how close its file is to the trained model."""
+
+    format: str
+    accuracy: float
+    largest_difference: float
+    bytes: int | None
+    ms_per_image: float
 
 
 def digits():
@@ -77,19 +91,19 @@ def train(model, x, y, epochs=EPOCHS, verbose="auto"):
 
 
 def run(output):
-    """Runs the demo and leaves model files, `results.csv` and `training.png` in a folder.
+    """Runs the demo and writes model files, `results.csv` and `training.png` to a folder.
 
     Args:
-        output: Folder, new or empty.
+        output: Path of a new or empty folder. It is filled at the end, all at once.
 
     Returns:
-        Dict from format to its accuracy, largest difference of logits from the trained model,
-        size in bytes and milliseconds per image.
+        A list of `Row`, one for the trained model and one for each format.
 
     Raises:
-        ValueError: if the folder exists and is not empty.
+        ValueError: if the folder has files, or is a file.
+        ImportError: if scikit-learn, matplotlib or LiteRT is not installed.
     """
-    output = Path(output)
+    output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
             f"`output` must be a new or empty folder. Received: output={str(output)!r}, which has "
@@ -103,53 +117,44 @@ def run(output):
     model = build_model()
     print(f"Training on {len(x_train)} digits, {len(x_test)} held out.")
     history = train(model, x_train, y_train).history
-    output.mkdir(parents=True, exist_ok=True)
-
-    expected = model.predict(x_test, verbose=0)
-    rows = {"trained model": _row(expected, expected, y_test, model.predict_on_batch, x_test, None)}
-    path = output / "digits.keras"
-    model.save(path)
-    reloaded = _predict_in_new_process(path, x_test)
-    here = keras.models.load_model(path)
-    rows[".keras, reloaded"] = _row(reloaded, expected, y_test, here.predict_on_batch, x_test, path)
-    for name, path, predict in _exports(model, output):
-        rows[name] = _row(predict(x_test), expected, y_test, predict, x_test, path)
-    _write_table(rows, output / "results.csv")
-    _plot(model, history, output / "training.png")
-    print(f"Files in {output}: " + ", ".join(sorted(p.name for p in output.iterdir())))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".demo") as folder:
+        partial = Path(folder, "files")
+        partial.mkdir()
+        expected = model.predict(x_test, verbose=0)
+        rows = []
+        for name, path, predict, logits in _formats(model, partial, x_test, expected):
+            accuracy = float(np.mean(np.argmax(logits, -1) == y_test))
+            difference = float(np.max(np.abs(logits - expected)))
+            ms = _milliseconds(predict, x_test)
+            rows.append(Row(name, accuracy, difference, path and _size(path), ms))
+        _write_table(rows, partial / "results.csv")
+        _plot(model, history, partial / "training.png")
+        os.replace(partial, output)
+    print(f"Files in {output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
     return rows
 
 
-def _exports(model, output):
-    """Exports and yields name, path and a function from images to logits."""
+def _formats(model, folder, x, expected):
+    """Yields the name of each format, its file, a function from images to logits, and logits."""
+    yield "trained model", None, model.predict_on_batch, expected
+    path = folder / "digits.keras"
+    model.save(path)
+    reloaded = keras.models.load_model(path)
+    yield ".keras, reloaded", path, reloaded.predict_on_batch, _predict_in_new_process(path, x)
     if keras.backend.backend() != "tensorflow":
         print("SavedModel and LiteRT are exported under the TensorFlow backend.")
         return
     import tensorflow as tf
 
-    path = output / "saved_model"
+    path = folder / "saved_model"
     model.export(path, verbose=False)
     served = tf.saved_model.load(path)
-    yield "SavedModel", path, lambda x: served.serve(tf.constant(x)).numpy()
-    path = output / "digits.tflite"
+    yield "SavedModel", path, served.serve, served.serve(x).numpy()
+    path = folder / "digits.tflite"
     model.export(path, format="litert", verbose=False)
-    yield "LiteRT", path, _litert(path)
-
-
-def _litert(path):
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(str(path), num_threads=1)
-    (entry,), (exit_,) = interpreter.get_input_details(), interpreter.get_output_details()
-
-    def predict(x):
-        interpreter.resize_tensor_input(entry["index"], x.shape)
-        interpreter.allocate_tensors()
-        interpreter.set_tensor(entry["index"], x)
-        interpreter.invoke()
-        return interpreter.get_tensor(exit_["index"])
-
-    return predict
+    runtime = LiteRT(path)
+    yield "LiteRT", path, runtime, runtime(x)[0]
 
 
 def _predict_in_new_process(path, x):
@@ -160,38 +165,34 @@ def _predict_in_new_process(path, x):
         return np.load(result)
 
 
-def _row(logits, expected, labels, predict, x, path):
+def _milliseconds(predict, x):
+    """The median time for an image."""
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
         predict(x)
         seconds.append(time.perf_counter() - start)
-    return {
-        "accuracy": float(np.mean(np.argmax(logits, -1) == labels)),
-        "largest difference": float(np.max(np.abs(logits - expected))),
-        "bytes": None if path is None else _size(path),
-        "ms per image": 1e3 * float(np.median(seconds)) / len(x),
-    }
+    return 1e3 * float(np.median(seconds)) / len(x)
 
 
 def _size(path):
-    if path.is_file():
-        return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _write_table(rows, path):
     """Prints the table and writes it as CSV."""
     print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}")
-    lines = ["format,accuracy,largest_difference,bytes,ms_per_image"]
-    for name, row in rows.items():
-        accuracy, difference, size, ms = row.values()
-        kilobytes = "" if size is None else f"{size / 1e3:.0f}"
-        print(f"{name:18}{accuracy:10.2%}{difference:12.1e}{kilobytes:>8}{ms:10.4f}")
-        lines.append(f'"{name}",{accuracy:.4f},{difference:.3e},{size or ""},{ms:.4f}')
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, path)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, dataclasses.asdict(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            kilobytes = "" if row.bytes is None else f"{row.bytes / 1e3:.0f}"
+            print(
+                f"{row.format:18}{row.accuracy:10.2%}{row.largest_difference:12.1e}"
+                f"{kilobytes:>8}{row.ms_per_image:10.4f}"
+            )
+            writer.writerow(dataclasses.asdict(row))
 
 
 def _plot(model, history, path):

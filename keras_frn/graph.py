@@ -1,99 +1,197 @@
-"""Reading and copying the graph of layers of a functional or Sequential model."""
+"""The one way to read and to copy the wiring of a functional or Sequential model."""
+
+import collections
+import dataclasses
+import math
 
 import keras
+import numpy as np
 
 
 def is_graph(layer):
-    """Whether a layer is a model whose graph of layers is known."""
-    return isinstance(layer, keras.Sequential) or (
-        isinstance(layer, keras.Model) and isinstance(layer, keras.Function)
-    )
+    """Whether a layer is a model whose wiring is known."""
+    return isinstance(layer, keras.Model) and isinstance(layer, (keras.Sequential, keras.Function))
+
+
+def layers(model):
+    """Lists every layer of a model once, those inside of other layers and models included."""
+    return model._flatten_layers(include_self=False)
+
+
+def positions(layer):
+    """The number of spatial positions that a normalization sees, or None where it may change."""
+    shape = list(layer.get_build_config()["input_shape"])
+    del shape[layer.axis], shape[0]
+    return None if None in shape else math.prod(shape)
+
+
+def inputs_like(model, arrays):
+    """Arrays in the order of `model.inputs`, nested as the model takes them."""
+    return keras.tree.pack_sequence_as(_ends(model)[0], arrays)
+
+
+def _ends(model):
+    """The symbolic inputs and outputs, nested as they are."""
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0], model.outputs[0]
+    return model.input, model.output
 
 
 def _plain(model):
-    """The same graph as a plain functional model, without a compiled state or an own config."""
-    return keras.Model(model.input, model.output, name=model.name)
+    """The same wiring as a plain functional model, without a compiled state or a config."""
+    return keras.Model(*_ends(model), name=model.name)
 
 
-def calls(model):
-    """A list of `(layer, layers it reads)`, one for each call in the model, and the layers that
-    give its outputs.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a layer: the symbolic tensors that it reads and those that it gives."""
+
+    layer: object
+    inputs: list
+    outputs: list
+
+
+class Wiring:
+    """The calls of all layers of a model, with nested models replaced by what is inside.
+
+    A tensor is the same on both sides of the border of a nested model. A nested model that is
+    called more than once stays one layer: its own wiring begins at its inputs and ends at its
+    outputs. `calls` is in the order of execution.
     """
-    if isinstance(model, keras.Sequential):
-        layers = model.layers
-        return [(b, [a]) for a, b in zip([None, *layers], layers)], layers[-1:]
-    model = _plain(model)
-    layers = {operation.name: operation for operation in model.operations}
-    config = model.get_config()
-    calls = [
-        (layers[layer["name"]], [layers[name] for name in _sources(node)])
-        for layer in config["layers"]
-        for node in layer["inbound_nodes"]
-    ]
-    outputs = keras.tree.flatten(config["output_layers"])[0::3]  # name, call, number of the output
-    return calls, [layers[name] for name in outputs]
+
+    def __init__(self, model):
+        scopes = {}
+        calls = list(_calls(model, scopes))
+        count = collections.Counter(call.layer for call in calls)
+        opened = [c for c in calls if is_graph(c.layer) and count[c.layer] == 1]
+        self._same, crossing = {}, []
+        for call in opened:
+            inputs, outputs = scopes[call.layer]
+            self._same |= {id(inside): outside for inside, outside in zip(inputs, call.inputs)}
+            self._same |= {id(outside): inside for inside, outside in zip(outputs, call.outputs)}
+            if not isinstance(call.layer, keras.Sequential):
+                crossing += call.inputs + call.outputs
+        self._checked = {id(self._tensor(tensor)) for tensor in crossing}
+        self._makers, self._readers = {}, collections.defaultdict(list)
+        self.calls = []
+        for call in calls:
+            if call in opened:
+                continue
+            tensors = ([self._tensor(t) for t in ts] for ts in (call.inputs, call.outputs))
+            call = Call(call.layer, *tensors)
+            self.calls.append(call)
+            for tensor in call.inputs:
+                self._readers[id(tensor)].append(call)
+            for tensor in call.outputs:
+                self._makers[id(tensor)] = call
+        closed = {call.layer for call in self.calls if is_graph(call.layer)}
+        for graph in (model, *closed):
+            for tensor in scopes[graph][1]:
+                self._readers[id(self._tensor(tensor))].append(None)
+
+    def _tensor(self, tensor):
+        """The one tensor that stands for all that are the same across borders."""
+        while id(tensor) in self._same:
+            tensor = self._same[id(tensor)]
+        return tensor
+
+    def calls_of(self, layer):
+        """The calls of one layer."""
+        return [call for call in self.calls if call.layer is layer]
+
+    def maker(self, tensor):
+        """The call that gives a tensor, or None for an input."""
+        return self._makers.get(id(tensor))
+
+    def readers(self, tensor):
+        """The calls that read a tensor, and a None for each time that it is an output."""
+        return self._readers[id(tensor)]
+
+    def is_checked(self, tensor):
+        """Whether a functional model compares the sizes of the tensor with what it was built on."""
+        return id(tensor) in self._checked
 
 
-def _sources(node):
-    """The names of the layers whose outputs are arguments of a call."""
-    if isinstance(node, dict):
-        if node.get("class_name") == "__keras_tensor__":
-            yield node["config"]["keras_history"][0]
-        else:
-            yield from _sources(list(node.values()))
-    elif isinstance(node, (list, tuple)):
-        for item in node:
-            yield from _sources(item)
+def _calls(model, scopes):
+    """The calls in a model and in those inside it. `scopes` gets the inputs and outputs of each."""
+    plain, own = _plain(model), {}
+
+    def tensors(symbolic):
+        # Two models may have been built on the same symbolic tensor, which is not the same in both.
+        return [own.setdefault(id(t), keras.KerasTensor(t.shape, t.dtype)) for t in symbolic]
+
+    scopes[model] = tensors(plain.inputs), tensors(plain.outputs)
+    for depth in sorted(plain._nodes_by_depth, reverse=True):
+        for node in plain._nodes_by_depth[depth]:
+            if node.is_input:
+                continue
+            yield Call(node.operation, tensors(node.input_tensors), tensors(node.outputs))
+            if is_graph(node.operation) and node.operation not in scopes:
+                yield from _calls(node.operation, scopes)
 
 
-def clone(model, make):
-    """A copy in which `make` gives each layer that is no model, and a dict from layer to copy,
-    outer models first.
+def copy(model, copy_one, input_dtype=str):
+    """Copies a model, with new layers in the old wiring.
+
+    Args:
+        model: Functional or Sequential model; models inside it are copied in the same way.
+        copy_one: Function from a layer that is no model to the layer in its place. It is called
+            once for each layer.
+        input_dtype: Function from the dtype of an input to that of the copy.
+
+    Returns:
+        The copy, and a dict from each layer to its copy, outer models first.
     """
-    clones = {}
+    copies = {}
 
-    def one(layer):
-        if layer not in clones:
-            clones[layer] = a_graph(layer) if is_graph(layer) else make(layer)
-        return clones[layer]
+    def input_like(x):
+        # `clone_model` itself would name the inputs after the tensors.
+        name = x._keras_history.operation.name
+        dtype = input_dtype(x.dtype)
+        return keras.Input(batch_shape=x.shape, dtype=dtype, sparse=x.sparse, name=name)
 
-    def a_graph(graph):
+    def copied(layer):
+        if layer not in copies:
+            copies[layer] = copied_graph(layer) if is_graph(layer) else copy_one(layer)
+        return copies[layer]
+
+    def copied_graph(graph):
         if isinstance(graph, keras.Sequential):
-            layers = [_input_like(graph.inputs[0]), *map(one, graph.layers)]
-            return keras.Sequential(layers, name=graph.name)
-        inputs = keras.tree.map_structure(_input_like, graph.input)
-        return keras.models.clone_model(_plain(graph), input_tensors=inputs, clone_function=one)
+            stack = [input_like(graph.inputs[0]), *map(copied, graph.layers)]
+            return keras.Sequential(stack, name=graph.name)
+        inputs = keras.tree.map_structure(input_like, graph.input)
+        return keras.models.clone_model(_plain(graph), inputs, clone_function=copied)
 
-    result = one(model)
-    return result, dict(reversed(clones.items()))
-
-
-def _input_like(x):
-    # `clone_model` itself would name the inputs after the tensors.
-    name = x._keras_history.operation.name
-    return keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=name)
+    result = copied(model)
+    return result, dict(reversed(copies.items()))
 
 
-def copy_weights(layer, clone):
-    """Gives a copy of a layer its weights; models and operations have none of their own."""
-    if isinstance(layer, keras.layers.Layer) and not is_graph(layer):
-        clone.set_weights(layer.get_weights())
-
-
-def copy_layer(layer, **changes):
-    """A new layer of this config, with changes."""
+def copy_layer(layer, config=None, layer_class=None):
+    """A new layer, of this layer's config and class unless others are given."""
+    config = layer.get_config() if config is None else config
     if type(layer) is keras.layers.Lambda:
         # Its config is for files: a function that is read back has lost its module.
-        same = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
+        options = {name: config[name] for name in ("name", "dtype", "trainable")}
         return keras.layers.Lambda(
-            layer.function, mask=layer.mask, arguments=layer.arguments, **same
+            layer.function, mask=layer.mask, arguments=layer.arguments, **options
         )
-    return type(layer).from_config({**layer.get_config(), **changes})
+    return (layer_class or type(layer)).from_config(config)
 
 
-def copy_trainable(clones):
+def copy_weights(layer, copy):
+    """Gives a copy its layer's weights. A bias that only the copy has becomes zero."""
+    if not isinstance(layer, keras.Layer) or is_graph(layer):
+        return
+    weights = layer.get_weights()
+    zeros = [np.zeros(w.shape, w.dtype) for w in copy.weights[len(weights) :]]
+    copy.set_weights(weights + zeros)
+    if hasattr(copy, "finalize_state"):
+        copy.finalize_state()  # of a layer that was adapted to data
+
+
+def copy_trainable(copies):
     """Gives copies the trainable flags of their layers."""
     # A model hands its flag to its layers, so that the inner ones come last.
-    for layer, clone in clones.items():
-        if isinstance(layer, keras.layers.Layer) and clone.trainable != layer.trainable:
-            clone.trainable = layer.trainable
+    for layer, copy in copies.items():
+        if isinstance(layer, keras.Layer) and copy.trainable != layer.trainable:
+            copy.trainable = layer.trainable

@@ -1,21 +1,21 @@
 import os
-import pathlib
 import re
 import subprocess
 import sys
-import types
 
 import keras
 import numpy as np
 import pytest
 from keras import layers
+from markdown import run_code
 from reference import close, frn_tlu
 
 import keras_frn
-from keras_frn.equalization import InferenceCopy
 from keras_frn.export import export_tflite
+from keras_frn.export.inference_form import InferenceCopy
+from keras_frn.export.runtime import LiteRT
 
-litert = pytest.importorskip("ai_edge_litert.interpreter")
+pytest.importorskip("ai_edge_litert")
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="LiteRT files are written from TensorFlow"
 )
@@ -64,18 +64,6 @@ def images(rng, n=64, shape=(12, 12, 3)):
     return rng.normal(size=(n, *shape)).astype("float32")
 
 
-def run(path, *arrays, **options):
-    interpreter = litert.Interpreter(str(path), num_threads=1, **options)
-    details = interpreter.get_input_details()
-    for detail, array in zip(details, arrays):
-        interpreter.resize_tensor_input(detail["index"], array.shape)
-    interpreter.allocate_tensors()
-    for detail, array in zip(details, arrays):
-        interpreter.set_tensor(detail["index"], array)
-    interpreter.invoke()
-    return [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
-
-
 # How far outputs may be off, relative to the largest: rounding in half precision, 8-bit weights,
 # 8-bit everything, 16-bit activations with 8-bit weights. Measured: 2e-4, 9e-3, 2e-2, 1e-2, 5e-3.
 PRESETS = {
@@ -93,7 +81,7 @@ def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
     model, x = small_model(), images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", preset, x)
     expected = model.predict(x, verbose=0)
-    (actual,) = run(report.path, x)
+    (actual,) = LiteRT(report.path)(x)
     close(actual, expected, PRESETS[preset])
     assert report.max_error == pytest.approx(np.abs(actual - expected).max(), rel=0.05, abs=1e-6)
     assert report.agreement == (actual.argmax(-1) == expected.argmax(-1)).mean()
@@ -102,7 +90,7 @@ def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
     assert report.quantization == preset
     assert report.equalized == (("first", "second") if preset and "int" in preset else ())
     # Unresized, a model of unknown batch size runs on one sample.
-    interpreter = litert.Interpreter(report.path)
+    interpreter = LiteRT(report.path).interpreter
     assert interpreter.get_input_details()[0]["shape"].tolist() == [1, 12, 12, 3]
 
 
@@ -209,6 +197,20 @@ def test_equalization_changes_scales_and_not_the_function(name, rng):
         np.testing.assert_array_equal(old, weight.numpy())
 
 
+def test_a_nested_model_that_is_called_twice_stays_closed(rng):
+    """What feeds one of its calls may not be scaled alone."""
+    inner = keras.Sequential([keras.Input((8, 8, 6)), frn(name="inner"), layers.Conv2D(4, 1)])
+    inputs = keras.Input((10, 10, 4))
+    calls = [inner(layers.Conv2D(6, 3)(inputs)) for _ in range(2)]
+    model = shuffled_weights(keras.Model(inputs, layers.Add()(calls)))
+    x = images(rng, 8, (10, 10, 4))
+    copy = InferenceCopy(model)
+    copy.absorb_offsets()
+    copy.equalize([[x]])
+    assert copy.not_equalized == {"inner": "it is fed by the model's input"}
+    close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
+
+
 def preactivation(x):
     x = layers.Conv2D(4, 3, padding="same", name="stem")(x)
     return layers.Add(name="sum")([x, layers.Conv2D(4, 1)(frn(name="inner")(x))])
@@ -289,7 +291,7 @@ def test_beta_moves_into_the_next_layer_where_that_is_exact(name, separate, tmp_
     copy = InferenceCopy(model)
     copy.absorb_offsets()
     close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
-    moved = [layer.constants[1] is None for layer in copy.normalizations]
+    moved = [layer.beta is None for layer in copy.normalizations]
     assert moved == [additions == 1]
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     assert report.operators["ADD"] == additions
@@ -412,7 +414,7 @@ def test_samples_that_differ_in_scale_keep_their_outputs_in_int8(tmp_path, rng):
     x = images(rng, 256) * (10 ** rng.uniform(-1, 0, (256, 1, 1, 1))).astype("float32")
     report = export_tflite(model, tmp_path / "m.tflite", "int8", x)
     expected = model.predict(x, verbose=0)
-    (actual,) = run(report.path, x)
+    (actual,) = LiteRT(report.path)(x)
     # 8 bits leave 12 steps to a sample of a tenth of the scale: an error of some percent.
     assert np.sqrt(np.mean((actual - expected) ** 2)) < 0.05 * np.abs(expected).max()
     assert report.agreement > 0.9
@@ -422,7 +424,7 @@ def test_every_tensor_of_an_int8_file_with_integer_io_is_an_integer(tmp_path, rn
     x = images(rng)
     model = small_model()
     report = export_tflite(model, tmp_path / "m.tflite", "int8", x, integer_io=True)
-    tensors = litert.Interpreter(report.path).get_tensor_details()
+    tensors = LiteRT(report.path).interpreter.get_tensor_details()
     assert {np.dtype(t["dtype"]).name for t in tensors} <= {"int8", "int32"}
     assert "QUANTIZE" not in report.operators
     assert "DEQUANTIZE" not in report.operators
@@ -433,7 +435,7 @@ def test_every_tensor_of_an_int8_file_with_integer_io_is_an_integer(tmp_path, rn
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
 def test_each_channel_of_a_convolution_has_its_own_scale(preset, tmp_path, rng):
     report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 8))
-    details = litert.Interpreter(report.path)
+    details = LiteRT(report.path).interpreter
     found = {
         tuple(detail["shape"]): len(detail["quantization_parameters"]["scales"])
         for detail in details.get_tensor_details()
@@ -451,7 +453,7 @@ def test_rare_values_saturate_before_a_normalization(tmp_path, rng):
     for data in (x, outlier):
         report = export_tflite(model, tmp_path / "m.tflite", "int8_float_statistics", data)
         found = {(1, 12, 12, 3): [], (1, 10, 10, 8): []}
-        for detail in litert.Interpreter(report.path).get_tensor_details():
+        for detail in LiteRT(report.path).interpreter.get_tensor_details():
             if detail["dtype"] is np.int8 and (shape := tuple(detail["shape"])) in found:
                 found[shape].append(detail["quantization"][0])
         scales.append([np.sort(values) for values in found.values()])
@@ -471,14 +473,14 @@ def test_rare_peaks_of_an_output_are_kept(preset, tmp_path, rng):
     for _ in range(2):
         outputs = layers.Multiply()([outputs, outputs])
     model, x = keras.Model(inputs, outputs), images(rng, 256)
-    (actual,) = run(export_tflite(model, tmp_path / "m.tflite", preset, x).path, x)
+    (actual,) = LiteRT(export_tflite(model, tmp_path / "m.tflite", preset, x).path)(x)
     assert actual.max() > 0.85 * model.predict(x, verbose=0).max()
 
 
 def test_a_layer_without_an_integer_form_in_the_quantizer_goes_to_the_converter(tmp_path, rng):
     model = keras.Sequential([keras.Input((12, 12, 3)), frn_tlu_layer(), layers.LeakyReLU()])
     report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng), integer_io=True)
-    tensors = litert.Interpreter(report.path).get_tensor_details()
+    tensors = LiteRT(report.path).interpreter.get_tensor_details()
     assert {np.dtype(t["dtype"]).name for t in tensors} <= {"int8", "int32"}
     assert "ai-edge-quantizer leaves LEAKY_RELU in float" in report.warnings[-1]
 
@@ -490,7 +492,7 @@ def test_integer_io(preset, dtype, tmp_path, rng):
     report = export_tflite(
         small_model(), tmp_path / "m.tflite", preset, images(rng), integer_io=True
     )
-    interpreter = litert.Interpreter(report.path)
+    interpreter = LiteRT(report.path).interpreter
     assert interpreter.get_input_details()[0]["dtype"] is dtype
     assert interpreter.get_output_details()[0]["dtype"] is dtype
     assert report.agreement > 0.9
@@ -509,7 +511,7 @@ def test_blank_faint_and_saturated_inputs_give_outputs_in_the_range_seen(preset,
         low, high = -np.abs(seen).max(), np.abs(seen).max()
     step = 1.01 * (high - low) / 255
     for extreme in (0 * x, 0.01 * x, 1e6 * x, np.full_like(x, 1e3)):
-        (outputs,) = run(report.path, extreme)
+        (outputs,) = LiteRT(report.path)(extreme)
         assert np.isfinite(outputs).all()
         assert outputs.min() >= low - step
         assert outputs.max() <= high + step
@@ -530,7 +532,7 @@ def test_a_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
     # Half precision, of the model, rounds at 5e-4.
     assert report.max_error < 5e-3
     assert not any(name.startswith("Flex") for name in report.operators)
-    tensors = litert.Interpreter(report.path).get_tensor_details()
+    tensors = LiteRT(report.path).interpreter.get_tensor_details()
     assert np.float16 not in {t["dtype"] for t in tensors}
     assert model.compute_dtype == "float16"
 
@@ -550,19 +552,19 @@ def test_unknown_sizes(tmp_path, rng):
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=iter(batches))
     assert report.samples == 5
     for x in batches:
-        close(run(report.path, x)[0], model(x, training=False), FLOAT)
+        close(LiteRT(report.path)(x)[0], model(x, training=False), FLOAT)
     assert export_tflite(model, tmp_path / "m.tflite").operators == report.operators
     for preset in ("int8", "int8_float_statistics"):
         report = export_tflite(model, tmp_path / "m.tflite", preset, iter(batches))
         assert report.max_error < 0.1
-        assert len(run(report.path, images(rng, 2, (6, 8, 3)))[0]) == 2
+        assert len(LiteRT(report.path)(images(rng, 2, (6, 8, 3)))[0]) == 2
 
 
 def test_a_fixed_batch_size(tmp_path, rng):
     model, x = small_model(batch_size=4), images(rng, 30)
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     assert report.max_error < FLOAT
-    close(run(report.path, x[:4])[0], model(x[:4], training=False), FLOAT)
+    close(LiteRT(report.path)(x[:4])[0], model(x[:4], training=False), FLOAT)
 
 
 @pytest.mark.parametrize("preset", [None, "int8"])
@@ -666,7 +668,7 @@ def test_a_file_that_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise RuntimeError("XNNPACK takes no output that is so much smaller than its products")
 
-    monkeypatch.setattr("keras_frn.export._Runtime", refuse)
+    monkeypatch.setattr("keras_frn.export.LiteRT", refuse)
     with pytest.raises(ValueError, match=r"`model` must become a file that LiteRT runs.*XNNP"):
         export_tflite(small_model(), tmp_path / "m.tflite")
     assert not list(tmp_path.iterdir())
@@ -730,16 +732,12 @@ def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
 
 def test_the_examples_of_the_guide(tmp_path, monkeypatch, rng, capsys):
     monkeypatch.chdir(tmp_path)
-    guide = pathlib.Path(__file__).parents[1] / "docs" / "export.md"
-    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
-    assert len(blocks) == 2
     names = {"model": small_model(), "images": images(rng, 300), "labels": np.zeros(300)}
-    names["keras_frn"] = types.SimpleNamespace(export_tflite=export_tflite)
-    for block in blocks:
-        exec(block, names)
+    names["keras_frn"] = keras_frn
+    assert run_code("docs/export.md", names) == 2
     assert "XNNPACK" in capsys.readouterr().out
     assert names["report"].samples == 256
-    assert litert.Interpreter("model.tflite").get_input_details()[0]["dtype"] is np.int8
+    assert LiteRT("model.tflite").interpreter.get_input_details()[0]["dtype"] is np.int8
 
 
 class Undescribed(layers.Layer):

@@ -1,17 +1,23 @@
 import ast
+import doctest
+import importlib
 import inspect
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from backends import BACKEND
+from markdown import run_code
 
 import keras_frn
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(Path(keras_frn.__file__).parent.glob("*.py"))
+PACKAGE = Path(keras_frn.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"tensorflow", "jax", "torch", "sklearn", "matplotlib", "ai_edge_litert"}
 
 
@@ -66,19 +72,45 @@ def test_imports_of_the_package(path):
     assert not at_top & HEAVY, "heavy packages are imported where they are used"
 
 
-def test_imports_run_downward():
-    def level(name):
-        order = [["compilation", "arguments"], ["ops"], ["layers"]]
-        return next((i for i, names in enumerate(order) if name in names), len(order))
+# Each room imports from earlier rows only. `demo` and `cli` are what a user runs.
+ROOMS = [
+    {"arguments", "compilation", "legacy"},
+    {"ops"},
+    {"layers"},
+    {"graph"},
+    {"callbacks", "models", "samples"},
+    {"addons", "conversion", "export"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
 
-    for path in SOURCES:
-        if path.stem != "__init__" and level(path.stem) < 3:
-            tree = ast.parse(path.read_text())
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and node.level == 1:
-                    names = [node.module] if node.module else [a.name for a in node.names]
-                    for name in names:
-                        assert level(name) < level(path.stem), f"{path.name} imports {name}"
+
+def room(parts):
+    """A file or folder at the top of the package; `_addons_files` is part of `addons`."""
+    name = parts[0].removesuffix(".py")
+    return "addons" if name.startswith("_addons") else name
+
+
+def imported_rooms(path):
+    """The rooms of this package that a file imports, also inside of functions."""
+    parts = path.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = list(parts[: len(parts) - node.level])
+            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (room([*folder, *module.split(".")]) for module in modules)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    row = {name: number for number, names in enumerate(ROOMS) for name in names}
+    own = room(path.relative_to(PACKAGE).parts)
+    assert own in row, "a new file at the top needs a row in ROOMS"
+    for other in imported_rooms(path):
+        assert other == own or row[other] < row[own], f"{own} imports {other}"
 
 
 def test_import_loads_no_other_backend_and_is_quick():
@@ -102,30 +134,38 @@ def test_version_is_in_the_changelog():
     assert f"## {keras_frn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def code_blocks(path):
-    blocks, inside = [], None
-    for line in path.read_text().splitlines():
-        if line.startswith("```"):
-            if inside is not None:
-                blocks.append("\n".join(inside))
-                inside = None
-            elif line == "```python":
-                inside = []
-            else:
-                inside = None
-        elif inside is not None:
-            inside.append(line)
-    return blocks
-
-
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the README's code exports with TensorFlow")
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {}
-    blocks = code_blocks(ROOT / "README.md")
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    assert run_code("README.md", {}) >= 3
+
+
+def examples():
+    """The examples in docstrings; those of `addons` need files and are run by its own tests."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in ("layers", "ops", "callbacks", "models", "conversion", "export"):
+        module = importlib.import_module(f"keras_frn.{name}")
+        yield from (test for test in finder.find(module, f"keras_frn.{name}") if test.examples)
+
+
+@pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
+def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
+    if "export" in example.name and BACKEND != "tensorflow":
+        pytest.skip("LiteRT files are written from TensorFlow")
+    monkeypatch.chdir(tmp_path)
+    stack = [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)]
+    head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+    example.globs = {
+        "keras": keras,
+        "keras_frn": keras_frn,
+        "np": np,
+        "images": rng.normal(size=(64, 8, 8, 3)).astype("float32"),
+        "targets": np.eye(2)[np.arange(64) % 2],
+        "model": keras.Sequential([*stack, keras_frn.FilterResponseNormalizationTLU(), *head]),
+        "bn_model": keras.Sequential([*stack, keras.layers.BatchNormalization(), *head]),
+    }
+    report = io.StringIO()
+    assert doctest.DocTestRunner().run(example, out=report.write).failed == 0, report.getvalue()
 
 
 def test_nothing_names_this_machine():
@@ -136,4 +176,4 @@ def test_nothing_names_this_machine():
 
 
 def test_keras_is_new_enough():
-    assert tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 0)
+    assert tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 10)

@@ -10,6 +10,7 @@ from backends import BACKEND
 
 import keras_frn  # noqa: F401  (registers the layers)
 from keras_frn import demo
+from keras_frn.export.runtime import LiteRT
 
 FOLDER = Path(__file__).parents[1] / "saved_models"
 NAMES = ["digits", "fashion_mnist_resnet"]
@@ -98,10 +99,9 @@ def test_saved_model(folder, golden):
 
 @pytest.mark.parametrize("name", LITERT)
 def test_litert(name, folder, golden):
-    litert = pytest.importorskip("ai_edge_litert.interpreter", reason="of the [export] extra")
-    runner = litert.Interpreter(str(folder / f"{name}.tflite")).get_signature_runner()
-    (result,) = runner.get_output_details()
-    check(runner(image=golden["x"])[result], golden, name, LITERT[name])
+    pytest.importorskip("ai_edge_litert", reason="of the [export] extra")
+    (logits,) = LiteRT(folder / f"{name}.tflite")(golden["x"])
+    check(logits, golden, name, LITERT[name])
 
 
 def test_onnx(folder, golden):

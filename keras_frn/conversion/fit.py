@@ -1,0 +1,241 @@
+"""The weights of FRN layers, from the BatchNormalization layers that they replace."""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+
+import keras
+import numpy as np
+from keras import ops
+
+from .. import graph
+
+# The constant part of epsilon, as in the paper.
+CONSTANT_EPSILON = 1e-6
+_TINY = np.finfo("float32").tiny
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """BatchNormalization at inference, `scale * x + offset`, in float64."""
+
+    scale: np.ndarray
+    offset: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+
+    @classmethod
+    def of(cls, bn):
+        """Reads the weights of a layer."""
+        mean, variance = _float64(bn.moving_mean), _float64(bn.moving_variance)
+        scale = (1.0 if bn.gamma is None else _float64(bn.gamma)) / np.sqrt(variance + bn.epsilon)
+        offset = (0.0 if bn.beta is None else _float64(bn.beta)) - scale * mean
+        return cls(scale, offset, mean, variance)
+
+    @property
+    def mean_square(self):
+        """The mean square of the inputs, per channel."""
+        return np.maximum(self.mean**2 + self.variance, _TINY)
+
+
+def set_closed_form(frn, bn, ratio):
+    """Sets the weights that give what BatchNormalization gave for a sample of typical energy."""
+    affine = Affine.of(bn)
+    scale = np.sqrt(affine.mean_square * (1.0 + ratio) + CONSTANT_EPSILON)
+    frn.gamma.assign(affine.scale * scale)
+    frn.beta.assign(affine.offset)
+    if frn.learned_epsilon is not None:
+        frn.learned_epsilon.assign(ratio * affine.mean_square)
+
+
+def fit(model, converted, replaced, ratios, samples, verbose):
+    """Refines gamma, beta and epsilon of each FRN layer, in the order of the forward pass.
+
+    Each layer gets the mean and the standard deviation that its BatchNormalization gave on the same
+    data, per channel. Least squares would shrink gamma wherever the two networks differ by more
+    than a scale, and every later layer would see too small a signal.
+
+    Args:
+        model: The BatchNormalization model.
+        converted: The FRN model, which is changed.
+        replaced: Dict from FRN layer to its BatchNormalization layer.
+        ratios: Dict from BatchNormalization layer to its epsilon / mean square.
+        samples: `Samples`.
+        verbose: Whether to show progress.
+
+    Returns:
+        Dict from BatchNormalization layer to the measured epsilon / mean square of each channel.
+    """
+    recorder = _Recorder(model, replaced.values())
+    recorder.run(samples)
+    targets = {bn: _Target.of(bn, moments) for bn, moments in recorder.moments.items()}
+    recorder = _Recorder(converted, replaced)
+    recorder.run(itertools.islice(samples, 1))
+    calls = {frn: len(moments) for frn, moments in recorder.moments.items()}
+    progress = keras.utils.Progbar(len(calls), unit_name="layer") if verbose else None
+    measured = {}
+    for number, (frn, count) in enumerate(calls.items(), 1):
+        bn = replaced[frn]
+        recorder.run(samples, only=frn, calls=count)
+        measured[bn] = _fit_layer(frn, recorder.moments[frn], targets[bn], ratios[bn])
+        if progress:
+            progress.update(number)
+    return measured
+
+
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """Mean and mean square `(samples, channels)`, and the positions `(samples,)` they are over."""
+
+    mean: np.ndarray
+    mean_square: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, x, axis, mask):
+        """Measures an input of a layer. Positions that are masked do not count."""
+        x = ops.cast(x, "float32")
+        axis %= len(x.shape)
+        spatial = tuple(i for i in range(1, len(x.shape)) if i != axis)
+        if mask is None:
+            kept = ops.ones([1 if i == axis else size for i, size in enumerate(x.shape)])
+        else:
+            mask = ops.cast(mask, "float32")
+            for _ in range(len(x.shape) - 1 - len(mask.shape)):
+                mask = ops.expand_dims(mask, -1)
+            kept = ops.expand_dims(mask, axis) * ops.ones_like(ops.take(x, [0], axis))
+        if not spatial:
+            return cls(_float64(kept * x), _float64(kept * x * x), _float64(kept)[:, 0])
+        share = ops.maximum(ops.mean(kept, axis=spatial), 1e-12)
+        return cls(
+            _float64(ops.mean(kept * x, axis=spatial) / share),
+            _float64(ops.mean(kept * x * x, axis=spatial) / share),
+            _float64(ops.sum(kept, axis=(*spatial, axis))),
+        )
+
+    @classmethod
+    def joined(cls, moments):
+        """Those of all calls of a layer as one."""
+        arrays = zip(*((m.mean, m.mean_square, m.positions) for m in moments))
+        mean, mean_square, positions = map(np.concatenate, arrays)
+        if not np.isfinite(mean_square).all():
+            raise ValueError(
+                "`calibration_data` must give finite values in every layer. Received: NaN or "
+                "infinity at the input of a normalization layer. Look at the preprocessing."
+            )
+        # No weight at all would have no average.
+        return cls(mean, mean_square, positions if positions.any() else np.ones_like(positions))
+
+    def average(self, values):
+        """The average over the samples, each with its positions."""
+        return np.average(values, axis=0, weights=self.positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """What each channel of a layer gives: mean, standard deviation and the sign of its scale."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    sign: np.ndarray
+
+    @classmethod
+    def of(cls, bn, moments):
+        """Those of a BatchNormalization layer on the samples."""
+        affine, moments = Affine.of(bn), _Moments.joined(moments)
+        mean = moments.average(moments.mean)
+        variance = np.maximum(moments.average(moments.mean_square) - mean**2, 0.0)
+        scale = affine.scale
+        return cls(scale * mean + affine.offset, np.abs(scale) * np.sqrt(variance), np.sign(scale))
+
+
+def _fit_layer(frn, moments, target, ratio):
+    """Fits one layer and returns its epsilon / mean square."""
+    moments = _Moments.joined(moments)
+    mean_square = moments.average(moments.mean_square)
+    learned = 0.0 if frn.learned_epsilon is None else ratio * mean_square
+    epsilon = np.asarray(frn.epsilon, "float64") + learned
+    r = 1.0 / np.sqrt(moments.mean_square + epsilon)
+    first = moments.average(r * moments.mean)
+    second = moments.average(r * r * moments.mean_square)
+    variance = second - first**2
+    # A channel that does not vary says nothing about its scale; the closed form stays.
+    varies = (variance > 1e-6 * second) & (target.deviation > 0)
+    scale = target.sign * target.deviation / np.sqrt(np.where(varies, variance, 1.0))
+    gamma = np.where(varies, scale, _float64(frn.gamma))
+    frn.gamma.assign(gamma)
+    frn.beta.assign(target.mean - gamma * first)
+    if frn.learned_epsilon is not None:
+        frn.learned_epsilon.assign(learned)
+    return epsilon / np.maximum(mean_square, _TINY)
+
+
+class _PassIsOver(BaseException):
+    """Ends a forward pass early. Keras rewrites an `Exception` on its way out; this one passes."""
+
+
+class _Recorder:
+    """Records what flows into some layers of a model, in the order of their calls.
+
+    It runs a copy of the model in which each of these very layers is inside of a tap, so that
+    new weights of a layer show at once.
+    """
+
+    def __init__(self, model, layers):
+        self.moments = collections.defaultdict(list)
+        self._model, self._only, self._calls_left = model, None, 0
+        layers = set(layers)
+
+        def copy_one(layer):
+            return _Tap(layer, self) if layer in layers else graph.copy_layer(layer)
+
+        self._copy, copies = graph.copy(model, copy_one)
+        for layer, copy in copies.items():
+            if layer not in layers:
+                graph.copy_weights(layer, copy)
+
+    def run(self, batches, only=None, calls=0):
+        """Records all layers, or only one of them, and ends each pass after so many calls of it."""
+        self.moments.clear()
+        self._only = only
+        for batch in batches:
+            self._calls_left = calls
+            with contextlib.suppress(_PassIsOver):
+                self._copy(graph.inputs_like(self._model, batch), training=False)
+
+    def record(self, layer, inputs, mask):
+        """Called by each tap."""
+        if self._only not in (None, layer):
+            return
+        self.moments[layer].append(_Moments.of(inputs, layer.axis, mask))
+        if self._only is layer:
+            self._calls_left -= 1
+            if self._calls_left == 0:
+                raise _PassIsOver
+
+
+class _Tap(keras.layers.Layer):
+    """A normalization layer that reports its inputs before it runs, at inference."""
+
+    def __init__(self, layer, recorder):
+        super().__init__(name=layer.name, dtype=layer.dtype_policy)
+        self.autocast = False
+        self.supports_masking = True
+        self.layer = layer
+        self.recorder = recorder
+
+    def build(self, input_shape):
+        if not self.layer.built:
+            self.layer.build(input_shape)
+
+    def call(self, inputs, training=None, mask=None):
+        self.recorder.record(self.layer, inputs, mask)
+        return self.layer(inputs, training=False, mask=mask)
+
+    def compute_output_spec(self, inputs, training=None, mask=None):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+
+def _float64(x):
+    return ops.convert_to_numpy(x).astype("float64")

@@ -1,0 +1,177 @@
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from backends import numpy
+from keras import layers
+
+from keras_frn.callbacks import EpsilonScheduler
+from keras_frn.conversion import replace_batch_normalization
+
+
+def _converted(rng, ratio=3.0):
+    block = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(name="inner")]
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            block,
+            layers.GlobalAveragePooling2D(),
+            layers.BatchNormalization(name="single"),
+            layers.Dense(2),
+        ]
+    )
+    x = rng.normal(size=(16, 8, 8, 3)).astype("float32")
+    model = replace_batch_normalization(model, x, epsilon_ratio=ratio)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    return model, x, np.zeros((16, 2))
+
+
+def _layers(model):
+    return model.layers[0].get_layer("inner"), model.get_layer("single")
+
+
+def test_epsilon_goes_down_and_gamma_keeps_the_size_of_the_output(rng):
+    model, x, y = _converted(rng, ratio=2.0)
+    inner, single = _layers(model)
+    start = [numpy(w) for w in (inner.learned_epsilon, inner.gamma, single.learned_epsilon)]
+    schedule = EpsilonScheduler(steps=4, initial_ratio=2.0, final_ratio=0.5)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[schedule])
+    # Two of four steps, on a geometric path: half of 2 to 0.5.
+    assert schedule.ratio == pytest.approx(1.0)
+    # Products and quotients of float32.
+    np.testing.assert_allclose(numpy(inner.learned_epsilon), start[0] / 2, rtol=1e-5)
+    np.testing.assert_allclose(numpy(inner.gamma), start[1] * np.sqrt(2 / 3), rtol=1e-5)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[schedule])
+    np.testing.assert_allclose(numpy(inner.learned_epsilon), start[0] / 4, rtol=1e-5)
+    np.testing.assert_allclose(numpy(inner.gamma), start[1] * np.sqrt(1.5 / 3), rtol=1e-5)
+    np.testing.assert_array_equal(numpy(single.learned_epsilon), start[2])
+
+
+def test_epsilon_is_held_against_the_optimizer(rng):
+    model, x, y = _converted(rng)
+    inner, _ = _layers(model)
+    start = numpy(inner.learned_epsilon)
+    model.compile(keras.optimizers.Adam(0.1), "mse")
+    schedule = EpsilonScheduler(steps=1, final_ratio=0.3)
+    model.fit(x, y, batch_size=1, verbose=0, callbacks=[schedule])
+    # Products and quotients of float32.
+    np.testing.assert_allclose(numpy(inner.learned_epsilon), start / 10, rtol=1e-5)
+
+
+def _weights(model):
+    return [numpy(w) for layer in _layers(model) for w in (layer.learned_epsilon, layer.gamma)]
+
+
+STEPS = {"steps": 40, "initial_ratio": 3.0, "final_ratio": 0.1}
+
+
+class Kill(keras.callbacks.Callback):
+    """Ends the process, as far as a test can."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batches = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches -= 1
+        if self.batches == 0:
+            raise KeyboardInterrupt
+
+
+def _fit(model, x, y, callbacks, epochs=3):
+    # 8 batches an epoch, in the same order in each.
+    model.fit(
+        x, y, batch_size=2, epochs=epochs, shuffle=False, verbose=0, callbacks=list(callbacks)
+    )
+
+
+def _uninterrupted(rng):
+    model, x, y = _converted(rng)
+    start = model.get_weights()
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    _fit(model, x, y, [EpsilonScheduler(**STEPS)])
+    return model, start, x, y
+
+
+@pytest.mark.parametrize("saves_first", [False, True])
+@pytest.mark.parametrize("save_freq", ["epoch", 4])
+def test_a_training_that_is_killed_goes_on_where_it_was(save_freq, saves_first, rng, tmp_path):
+    whole, start, x, y = _uninterrupted(rng)
+    model = keras.models.clone_model(whole)
+    for callbacks in ([Kill(12)], []):
+        model.set_weights(start)
+        model.compile(keras.optimizers.Adam(1e-3), "mse")
+        backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq)
+        used = [EpsilonScheduler(**STEPS), backup]
+        with contextlib.suppress(KeyboardInterrupt):
+            _fit(model, x, y, [*(used[::-1] if saves_first else used), *callbacks])
+    if save_freq == "epoch":
+        # The same steps but for roundings of float32 in the recovered mean squares.
+        for actual, expected in zip(model.get_weights(), whole.get_weights()):
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    else:
+        # Keras begins the epoch anew, so that 4 batches come twice.
+        ratio = 3.0 * (0.1 / 3.0) ** (28 / 40)
+        epsilon = _weights(whole)[0] / (3.0 * (0.1 / 3.0) ** (24 / 40)) * ratio
+        # A backup before the scheduler's turn has one step of the optimizer in epsilon.
+        tolerance = 3e-3 if saves_first else 1e-5
+        np.testing.assert_allclose(_weights(model)[0], epsilon, rtol=tolerance)
+
+
+def test_a_training_goes_on_after_saving_and_loading(rng, tmp_path):
+    whole, start, x, y = _uninterrupted(rng)
+    model = keras.models.clone_model(whole)
+    model.set_weights(start)
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    for epoch in range(3):
+        _fit(model, x, y, [EpsilonScheduler(**STEPS)], epochs=1)
+        model.save(tmp_path / f"{epoch}.keras")
+        model = keras.models.load_model(tmp_path / f"{epoch}.keras")
+    for actual, expected in zip(model.get_weights(), whole.get_weights()):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_after_compile_a_new_scheduler_takes_what_is_left(rng):
+    model, x, y = _converted(rng)
+    start = _weights(model)
+    schedule = EpsilonScheduler(**STEPS)
+    _fit(model, x, y, [schedule], epochs=2)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    with pytest.raises(ValueError, match=r"`model` must have the epsilon .*'inner'.* instead of 3"):
+        _fit(model, x, y, [schedule])
+    left = EpsilonScheduler(steps=24, initial_ratio=schedule.ratio)
+    _fit(model, x, y, [left])
+    np.testing.assert_allclose(_weights(model)[0], start[0] / 30, rtol=1e-5)
+    np.testing.assert_allclose(_weights(model)[1], start[1] * np.sqrt(1.1 / 4), rtol=1e-5)
+
+
+def test_a_schedule_begins_at_its_initial_step(rng):
+    model, x, y = _converted(rng)
+    start = _weights(model)
+    _fit(model, x, y, [], epochs=1)
+    _fit(model, x, y, [EpsilonScheduler(steps=16, initial_step=8)], epochs=1)
+    # Half of the way from 3 to 0.1.
+    np.testing.assert_allclose(_weights(model)[0], start[0] / np.sqrt(30), rtol=1e-5)
+
+
+def test_a_model_without_a_learned_epsilon_is_refused(rng):
+    model, x, y = _converted(rng, ratio=0.0)
+    with pytest.raises(ValueError, match=r"`model` must have FRN layers with a learned epsilon"):
+        model.fit(x, y, verbose=0, callbacks=[EpsilonScheduler(steps=2)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"steps": 0}, r"`steps` must be .*Received: steps=0"),
+        ({"steps": 2, "initial_step": -1}, r"`initial_step` must be .*initial_step=-1"),
+        ({"steps": 2, "initial_ratio": 0}, r"`initial_ratio` must be .*initial_ratio=0"),
+        ({"steps": 2, "final_ratio": float("inf")}, r"`final_ratio` must be .*final_ratio=inf"),
+    ],
+)
+def test_arguments_are_checked(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        EpsilonScheduler(**arguments)

@@ -1,0 +1,78 @@
+import keras
+from keras import layers
+from reference import close
+
+from keras_frn import graph
+
+
+def nested():
+    """A model in which one block is called once and another twice."""
+    once = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="inside")], name="once")
+    inner = keras.Input((4,))
+    twice = keras.Model(inner, layers.Dense(4, name="shared")(inner), name="twice")
+    x = inputs = keras.Input((4,))
+    x = layers.Dense(4, name="first")(x)
+    x = twice(twice(layers.ReLU(name="between")(once(x))))
+    return keras.Model(inputs, layers.Add(name="sum")([x, x]))
+
+
+def names(calls):
+    return [call and call.layer.name for call in calls]
+
+
+def test_wiring_sees_through_a_nested_model_that_is_called_once():
+    model = nested()
+    wiring = graph.Wiring(model)
+    order = ["first", "inside", "between", "twice", "shared", "twice", "sum"]
+    assert names(wiring.calls) == order
+    by_name = dict(zip(order, wiring.calls))
+    (tensor,) = by_name["inside"].inputs
+    assert names([wiring.maker(tensor)]) == ["first"]
+    assert names(wiring.readers(tensor)) == ["inside"]
+    assert names(wiring.readers(by_name["inside"].outputs[0])) == ["between"]
+
+
+def test_a_nested_model_that_is_called_twice_has_ends_of_its_own():
+    wiring = graph.Wiring(nested())
+    shared = next(call for call in wiring.calls if call.layer.name == "shared")
+    assert wiring.maker(shared.inputs[0]) is None
+    assert wiring.readers(shared.outputs[0]) == [None]
+    add = wiring.calls[-1]
+    assert names(wiring.readers(add.inputs[0])) == ["sum", "sum"]
+    assert wiring.readers(add.outputs[0]) == [None]
+
+
+def test_one_symbolic_tensor_in_two_models_is_two_tensors():
+    x = inputs = keras.Input((4,))
+    x = layers.Dense(4, name="inside")(x)
+    model = keras.Sequential([inputs, keras.Model(inputs, x), layers.ReLU(name="last")])
+    wiring = graph.Wiring(model)
+    assert names(wiring.calls) == ["inside", "last"]
+    assert wiring.maker(wiring.calls[0].inputs[0]) is None
+
+
+def test_a_copy_has_new_layers_in_the_old_wiring(rng):
+    model = nested()
+    copy, copies = graph.copy(model, graph.copy_layer)
+    for layer, new in copies.items():
+        graph.copy_weights(layer, new)
+        assert new is not layer
+        assert new.name == layer.name
+    x = rng.normal(size=(3, 4)).astype("float32")
+    close(keras.ops.convert_to_numpy(copy(x)), keras.ops.convert_to_numpy(model(x)), 1e-6)
+    assert names(graph.Wiring(copy).calls) == names(graph.Wiring(model).calls)
+
+
+def test_layers_lists_those_inside_of_others_once():
+    found = [layer.name for layer in graph.layers(nested())]
+    for name in ("once", "inside", "twice", "shared", "sum"):
+        assert found.count(name) == 1
+    wrapped = keras.Sequential([keras.Input((5, 4)), layers.TimeDistributed(layers.Dense(2))])
+    assert any(type(layer) is layers.Dense for layer in graph.layers(wrapped))
+
+
+def test_positions_are_those_of_one_channel():
+    for shape, axis, expected in (((6, 5, 3), -1, 30), ((3, 6, 5), 1, 30), ((None, 3), -1, None)):
+        layer = layers.BatchNormalization(axis=axis)
+        layer.build((None, *shape))
+        assert graph.positions(layer) == expected

@@ -1,0 +1,137 @@
+import keras
+import numpy as np
+import pytest
+
+from keras_frn.samples import BATCH_SIZE, MAX_SAMPLES, Samples
+
+
+@pytest.fixture
+def model():
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+
+
+@pytest.fixture
+def two_inputs():
+    inputs = [keras.Input((4,), name="b"), keras.Input((3,), name="a", dtype="int32")]
+    return keras.Model(inputs, keras.layers.Concatenate()(inputs))
+
+
+def joined(samples):
+    return [np.concatenate(parts) for parts in zip(*samples)]
+
+
+class Batches(keras.utils.PyDataset):
+    """Eight samples and targets a batch; infinite where the number is None."""
+
+    def __init__(self, x, number):
+        super().__init__()
+        self.x, self.number = x, number
+
+    @property
+    def num_batches(self):
+        return self.number
+
+    def __getitem__(self, index):
+        start = index * 8 % len(self.x)
+        return self.x[start : start + 8], np.zeros(8)
+
+
+class Readable:
+    """What can only be sliced, as a file can."""
+
+    def __init__(self, x):
+        self.x, self.shape = x, x.shape
+
+    def __getitem__(self, rows):
+        return self.x[rows]
+
+
+KINDS = {
+    "array": lambda x: x,
+    "float64": lambda x: x.astype("float64"),
+    "what can be sliced": Readable,
+    "list of one array": lambda x: [x],
+    "list of batches": lambda x: [x[:30], x[30:]],
+    "list of samples": list,
+    "generator of pairs": lambda x: ((x[i : i + 8], np.zeros(8)) for i in range(0, 40, 8)),
+    "PyDataset": lambda x: Batches(x, 5),
+    "backend tensor": keras.ops.convert_to_tensor,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_samples_each_time(kind, model, rng):
+    x = rng.normal(size=(40, 4)).astype("float32")
+    samples = Samples(model, KINDS[kind](x))
+    assert samples.count == 40
+    for _ in range(2):
+        (array,) = joined(samples)
+        np.testing.assert_array_equal(array, x)
+        assert array.dtype == "float32"
+        assert max(len(batch[0]) for batch in samples) <= BATCH_SIZE
+
+
+def test_datasets_of_tensorflow(model, rng):
+    tf = pytest.importorskip("tensorflow")
+    x = rng.normal(size=(40, 4)).astype("float32")
+    dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(40)))
+    for data in (dataset, dataset.batch(16)):
+        np.testing.assert_array_equal(joined(Samples(model, data))[0], x)
+
+
+def test_several_inputs_in_the_order_of_the_model(two_inputs, rng):
+    b, a = rng.normal(size=(5, 4)).astype("float32"), np.arange(15).reshape(5, 3)
+    for data in (
+        [b, a],
+        (b, a),
+        {"a": a, "b": b},
+        [([b, a], np.zeros(5))],
+        iter([{"a": a, "b": b}]),
+    ):
+        first, second = joined(Samples(two_inputs, data))
+        np.testing.assert_array_equal(first, b)
+        np.testing.assert_array_equal(second, a)
+        assert second.dtype.kind == "i"
+
+
+def test_no_more_than_the_largest_number_is_read(model, rng):
+    x = rng.normal(size=(64, 4)).astype("float32")
+    assert Samples(model, Batches(x, None)).count == MAX_SAMPLES
+    samples = Samples(model, np.broadcast_to(x[:1], (3 * MAX_SAMPLES, 4)))
+    assert samples.count == sum(len(batch[0]) for batch in samples) == MAX_SAMPLES
+
+
+def test_a_fixed_batch_size_gets_full_batches(rng):
+    model = keras.Sequential([keras.Input(batch_shape=(4, 4)), keras.layers.Dense(2)])
+    x = rng.normal(size=(6, 4)).astype("float32")
+    first, second = Samples(model, x)
+    np.testing.assert_array_equal(first[0], x[:4])
+    np.testing.assert_array_equal(second[0], x[[4, 5, 0, 1]])
+
+
+def test_no_data_is_no_sample(model):
+    samples = Samples(model, None)
+    assert samples.count == 0
+    assert not list(samples)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (iter([]), r"`calibration_data` must hold at least one sample. Received: nothing"),
+        (np.zeros((2, 5)), r"`calibration_data` must have the shape .*4.* Received: .*\(2, 5\)"),
+        (
+            np.full((2, 4), np.nan),
+            r"`calibration_data` must be finite. Received: .* NaN",
+        ),
+        ({"a": np.zeros((2, 4)), "b": np.zeros(2)}, r"must hold 1 inputs per sample. Received: 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(data, match, model):
+    with pytest.raises(ValueError, match=match):
+        Samples(model, data)
+
+
+def test_inputs_of_different_lengths_are_refused(two_inputs):
+    with pytest.raises(ValueError, match=r"must hold arrays of one length. Received: .*\[2, 3\]"):
+        Samples(two_inputs, [np.zeros((2, 4)), np.zeros((3, 3), "int32")])
