@@ -19,7 +19,7 @@ import jax
 import keras
 import numpy as np
 from keras import layers
-from layer import RESULTS, SUFFIX, AsWritten, write
+from common import RESULTS, SUFFIX, AsWritten, write
 from network import resnet20
 
 import keras_frn

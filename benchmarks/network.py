@@ -1,135 +1,233 @@
-"""What a normalization adds to a network: ResNet-20 on 32x32 images, training steps and inference.
+"""What a person waits for: first step, new shapes, steps and epochs of whole networks.
 
-    python benchmarks/network.py --batches 32 128
-    KERAS_BACKEND=jax python benchmarks/network.py
+    python benchmarks/network.py
+    KERAS_BACKEND=jax python benchmarks/network.py --networks resnet20
 
-Each step is `train_on_batch` of the compiled model, of one mode at a time (`jit_compile` of the
-model off and on), all networks interleaved in one process. "adds" is a network's least time less
-that of the same network with ReLU alone; inference is `predict_on_batch`. Prints a table and writes
-CSV to `benchmarks/results/`."""
+One model for each normalization, all in one process; batch and image sizes change within a model,
+as they do in a session. "first" is the first `train_on_batch` of a size, which traces and
+compiles; the others are `train_on_batch` and `predict_on_batch`, interleaved: the least time, and
+the median over the rounds of the ratio to BatchNormalization + ReLU. "fit" is the wall time of
+the first and of a later epoch of `fit` with 1,000 images in batches of 32, of which the last has 8.
+On TensorFlow once as `fit` does by default on a CPU and once with `jit_compile=True`. Prints tables,
+writes CSV and a plot to `benchmarks/results/`."""
 
 import argparse
 import gc
-import time
 
 import keras
 import numpy as np
+from common import BACKEND, BN, RESULTS, SUFFIX, interleaved, normalizations, ratio, seconds, write
 from keras import layers
-from layer import BACKEND, RESULTS, SUFFIX, AsWritten, write
 
-import keras_frn
-
-NORMALIZATIONS = {
-    "ReLU alone": lambda: [layers.ReLU()],
-    "FRN + TLU": lambda: [keras_frn.FilterResponseNormalizationTLU()],
-    "FRN + TLU, jit_compile=True": lambda: [
-        keras_frn.FilterResponseNormalizationTLU(jit_compile=True)
-    ],
-    "FRN + TLU, jit_compile=False": lambda: [
-        keras_frn.FilterResponseNormalizationTLU(jit_compile=False)
-    ],
-    "FRN as written": lambda: [AsWritten()],
-    "BatchNormalization + ReLU": lambda: [layers.BatchNormalization(), layers.ReLU()],
-    "GroupNormalization + ReLU": lambda: [layers.GroupNormalization(16), layers.ReLU()],
+# (batch, image size) in the order in which they come.
+SIZES = {
+    "resnet20": [(32, 32), (128, 32), (8, 32)],
+    "resnet50": [(16, 64), (16, 96), (16, 128), (7, 64)],
 }
 
 
+def apply(x, normalize):
+    for layer in normalize():
+        x = layer(x)
+    return x
+
+
+def conv(x, filters, size, strides=1):
+    return layers.Conv2D(filters, size, strides, "same", use_bias=False)(x)
+
+
 def resnet20(normalize):
-    """Three stages of three blocks of two 3x3 convolutions, 16 to 64 channels."""
-
-    def block(x, filters, strides):
-        y = apply(layers.Conv2D(filters, 3, strides, "same", use_bias=False)(x))
-        y = apply(layers.Conv2D(filters, 3, 1, "same", use_bias=False)(y))
-        if strides > 1:
-            x = layers.Conv2D(filters, 1, strides, use_bias=False)(x)
-        return layers.Add()([x, y])
-
-    def apply(x):
-        for layer in normalize():
-            x = layer(x)
-        return x
-
+    """Three stages of three blocks of two 3x3 convolutions, 16 to 64 channels, on 32x32 images."""
     inputs = keras.Input((32, 32, 3))
-    x = apply(layers.Conv2D(16, 3, 1, "same", use_bias=False)(inputs))
+    x = apply(conv(inputs, 16, 3), normalize)
     for filters in (16, 32, 64):
-        for number in range(3):
-            x = block(x, filters, 2 if filters > 16 and number == 0 else 1)
-    x = layers.Dense(10)(layers.GlobalAveragePooling2D()(x))
-    return keras.Model(inputs, x)
+        for block in range(3):
+            strides = 2 if filters > 16 and block == 0 else 1
+            y = apply(conv(x, filters, 3, strides), normalize)
+            y = apply(conv(y, filters, 3), normalize)
+            x = conv(x, filters, 1, strides) if strides > 1 else x
+            x = layers.Add()([x, y])
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
-def measure(batch, jit_compile, repeats):
+def resnet50(normalize):
+    """Four stages of 3, 4, 6, 3 bottlenecks, 32 to 256 channels, of images of any size."""
+    inputs = keras.Input((None, None, 3))
+    x = apply(conv(inputs, 32, 3), normalize)
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        filters = 32 * 2**stage
+        for block in range(blocks):
+            strides = 2 if stage > 0 and block == 0 else 1
+            y = apply(conv(x, filters, 1), normalize)
+            y = apply(conv(y, filters, 3, strides), normalize)
+            y = apply(conv(y, filters, 1), normalize)
+            if strides > 1 or x.shape[-1] != filters:
+                x = conv(x, filters, 1, strides)
+            x = layers.Add()([x, y])
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
+def compiled(model, jit_compile):
+    model.compile(
+        keras.optimizers.SGD(1e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=jit_compile,
+    )
+    return model
+
+
+def data(batch, size):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((batch, 32, 32, 3)).astype("float32")
-    y = rng.integers(0, 10, batch)
-    train, infer = {}, {}
-    for name, normalize in NORMALIZATIONS.items():
-        model = resnet20(normalize)
-        model.compile(
-            keras.optimizers.SGD(1e-3),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            jit_compile=jit_compile,
+    return rng.standard_normal((batch, size, size, 3)).astype("float32"), rng.integers(0, 10, batch)
+
+
+def measure(network, jit_compile, repeats):
+    """A row for each size and normalization."""
+    models = {
+        name: compiled({"resnet20": resnet20, "resnet50": resnet50}[network](make), jit_compile)
+        for name, make in {"ReLU alone": lambda: [layers.ReLU()], **normalizations()}.items()
+    }
+    for batch, size in SIZES[network]:
+        x, y = data(batch, size)
+        train = {n: lambda m=m, x=x, y=y: m.train_on_batch(x, y) for n, m in models.items()}
+        infer = {n: lambda m=m, x=x: m.predict_on_batch(x) for n, m in models.items()}
+        first = {name: seconds(function) for name, function in train.items()}
+        interleaved({**train, **{f"predict {n}": f for n, f in infer.items()}}, 2)
+        steps, inference = interleaved(train, repeats), interleaved(infer, repeats)
+        for name in models:
+            yield {
+                "backend": BACKEND,
+                "jit_compile": jit_compile,
+                "network": network,
+                "what": f"{batch}x{size}x{size}",
+                "normalization": name,
+                "first_s": first[name],
+                "first_of_bn": first[name] / first[BN],
+                "step_ms": 1e3 * min(steps[name]),
+                "step_of_bn": ratio(steps, name),
+                "step_of_plain": ratio(steps, name, "plain formula"),
+                "inference_ms": 1e3 * min(inference[name]),
+                "inference_of_bn": ratio(inference, name),
+            }
+
+
+def measure_fit(jit_compile, epochs=3):
+    """A row for each normalization: the first epoch of a new model, and the least of the others."""
+    x, y = data(1000, 32)
+    models = {n: compiled(resnet20(make), jit_compile) for n, make in normalizations().items()}
+    functions = {
+        n: lambda m=m: m.fit(x, y, batch_size=32, verbose=0) and None for n, m in models.items()
+    }
+    times = interleaved(functions, epochs)
+    for name, (first, *later) in times.items():
+        yield {
+            "backend": BACKEND,
+            "jit_compile": jit_compile,
+            "network": "resnet20",
+            "what": "fit, an epoch of 1,000 images",
+            "normalization": name,
+            "first_s": first,
+            "first_of_bn": first / times[BN][0],
+            "step_ms": 1e3 * min(later),
+            "step_of_bn": ratio({n: t[1:] for n, t in times.items()}, name),
+            "step_of_plain": None,
+            "inference_ms": None,
+            "inference_of_bn": None,
+        }
+
+
+def warm_up(jit_compile):
+    """The first model of a process also waits for the backend to get ready."""
+    inputs = keras.Input((8, 8, 3))
+    outputs = layers.Dense(10)(layers.GlobalAveragePooling2D()(conv(inputs, 4, 3)))
+    compiled(keras.Model(inputs, outputs), jit_compile).train_on_batch(*data(4, 8))
+
+
+def show(rows):
+    row = rows[0]
+    print(f"\n{BACKEND}, jit_compile={row['jit_compile']}, {row['network']}, {row['what']}")
+    heads = ("first, s", "of BN", "step, ms", "of BN", "of plain", "inference", "of BN")
+    print(f"  {'':28}" + "".join(f"{head:>10}" for head in heads))
+    for row in rows:
+        numbers = list(row.values())[5:]
+        digits = (2, 2, 1, 2, 2, 1, 2)
+        print(
+            f"  {row['normalization']:28}"
+            + "".join(
+                " " * 10 if n is None else f"{n:10.{d}f}"
+                for n, d in zip(numbers, digits, strict=True)
+            ),
+            flush=True,
         )
-        train[name] = lambda model=model: model.train_on_batch(x, y)
-        infer[name] = lambda model=model: model.predict_on_batch(x)
-    rows = []
-    for direction, functions in (("training step", train), ("inference", infer)):
-        times = {name: [] for name in functions}
-        for function in functions.values():
-            for _ in range(3):
-                function()
-        for _ in range(repeats):
-            for name, function in functions.items():
-                start = time.perf_counter()
-                function()
-                times[name].append(1e3 * (time.perf_counter() - start))
-        base = min(times["ReLU alone"])
-        bn = min(times["BatchNormalization + ReLU"])
-        for name, t in times.items():
-            rows.append(
-                {
-                    "backend": BACKEND,
-                    "model_jit_compile": jit_compile,
-                    "batch": batch,
-                    "direction": direction,
-                    "network": name,
-                    "min_ms": min(t),
-                    "median_ms": float(np.median(t)),
-                    "max_ms": max(t),
-                    "adds_ms": min(t) - base,
-                    "added_of_bn": (min(t) - base) / (bn - base),
-                    "of_bn": min(t) / bn,
-                }
-            )
-    return rows
+
+
+def plot(rows, path):
+    """Seconds until the first step has ended and milliseconds a step, largest network measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    network = rows[-1]["network"] if rows[-1]["step_of_plain"] else "resnet50"
+    network = "resnet50" if any(r["network"] == "resnet50" for r in rows) else network
+    what = "{0}x{1}x{1}".format(*SIZES[network][0])
+    rows = [r for r in rows if r["network"] == network and r["what"] == what][::-1]
+    rows = [r for r in rows if r["normalization"] not in ("ReLU alone", "plain formula")]
+    modes = list(dict.fromkeys(r["jit_compile"] for r in rows))[::-1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 1.2 * len(modes)), layout="constrained")
+    titles = ("Wait for the first training step, s", "Each further step, ms")
+    for axis, key, title in zip(axes, ("first_s", "step_ms"), titles, strict=True):
+        for number, mode in enumerate(modes):
+            chosen = [r for r in rows if r["jit_compile"] == mode]
+            places = [i + (len(chosen) + 1) * number for i in range(len(chosen))]
+            colors = ["C1" if "TLU" in r["normalization"] else "C7" for r in chosen]
+            bars = axis.barh(places, [r[key] for r in chosen], color=colors)
+            axis.bar_label(bars, fmt="%.1f" if key == "first_s" else "%.0f", padding=3)
+            if axis is axes[0]:
+                suffix = ", compiled" if mode else ""
+                names = axes[0].get_yticks() if number else []
+                labels = [t.get_text() for t in axes[0].get_yticklabels()] if number else []
+                axes[0].set_yticks(
+                    [*names, *places], [*labels, *(r["normalization"] + suffix for r in chosen)]
+                )
+            else:
+                axis.set_yticks([])
+        axis.set_title(title, fontsize=11)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{network}, {what} images, {BACKEND}", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 32, 128])
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--modes", nargs="+", default=["off", "on"], choices=["off", "on"])
+    parser.add_argument("--networks", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--repeats", type=int, default=10)
+    # JAX compiles whole steps; Keras' torch.compile of one takes minutes.
+    modes = {"tensorflow": ["off", "on"], "jax": ["on"], "torch": ["off"]}[BACKEND]
+    parser.add_argument("--modes", nargs="+", default=modes, choices=["off", "on"])
     arguments = parser.parse_args()
     rows = []
     for jit_compile in (mode == "on" for mode in arguments.modes):
-        if jit_compile and BACKEND == "torch":
-            continue  # Keras' torch.compile of a whole training step takes minutes per network
-        for batch in arguments.batches:
-            found = measure(batch, jit_compile, arguments.repeats)
-            rows += found
-            for direction in ("training step", "inference"):
-                print(f"\n{BACKEND}, jit_compile={jit_compile}, batch {batch}, {direction}")
-                print(f"  {'':29}{'min':>9}{'median':>9}{'adds':>9}{'of BN':>8}{'total':>8}")
-                for r in (r for r in found if r["direction"] == direction):
-                    print(
-                        f"  {r['network']:29}{r['min_ms']:9.1f}{r['median_ms']:9.1f}"
-                        f"{r['adds_ms']:9.1f}{r['added_of_bn']:8.2f}{r['of_bn']:8.2f}",
-                        flush=True,
-                    )
+        warm_up(jit_compile)
+        for network in arguments.networks:
+            table = []
+            for row in measure(network, jit_compile, arguments.repeats):
+                if table and row["what"] != table[0]["what"]:
+                    show(table)
+                    table = []
+                table.append(row)
+                rows.append(row)
+            show(table)
             keras.backend.clear_session()
             gc.collect()
-    RESULTS.mkdir(exist_ok=True)
+        if "resnet20" in arguments.networks:
+            table = list(measure_fit(jit_compile))
+            show(table)
+            rows += table
     write(rows, RESULTS / f"network_{BACKEND}{SUFFIX}.csv")
+    plot(rows, RESULTS / f"network_{BACKEND}{SUFFIX}.png")
 
 
 if __name__ == "__main__":

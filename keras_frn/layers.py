@@ -1,7 +1,4 @@
-"""The three layers: weights and config. The mathematics is in `ops`.
-
-Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in
-the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+"""The three layers: weights and config. The mathematics is in `ops`."""
 
 import math
 import numbers
@@ -75,7 +72,10 @@ class FilterResponseNormalization(keras.layers.Layer):
     Example:
 
     >>> layer = keras_frn.FilterResponseNormalization()
-    >>> y = layer(np.ones((2, 32, 32, 16)))"""
+    >>> y = layer(np.ones((2, 32, 32, 16)))
+
+    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
     def __init__(
         self,
@@ -195,7 +195,10 @@ class TLU(keras.layers.Layer):
     Example:
 
     >>> layer = keras_frn.TLU(tau_initializer=keras.initializers.Constant(-1.0))
-    >>> z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]"""
+    >>> z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]
+
+    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
     def __init__(
         self,
@@ -276,6 +279,9 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
 
     Equal to `FilterResponseNormalization` followed by `TLU`, in half as many layers.
 
+    Shape:
+        Input and output: as in `FilterResponseNormalization`.
+
     Args:
         axis: Int, the channel axis. Defaults to -1.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
@@ -284,13 +290,21 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         **kwargs: As in `FilterResponseNormalization`: `epsilon`, `learned_epsilon`, `center`,
             `scale`, initializers, regularizers and constraints, `jit_compile`, `name`, `dtype`.
 
-    Shape, call arguments, errors: as in `FilterResponseNormalization`. Weights, in this order:
-    `gamma`, `beta`, `learned_epsilon`, then `tau (channels,)`, `alpha (channels,)`.
+    Call arguments: as in `FilterResponseNormalization`.
+
+    Weights, in this order: `gamma`, `beta`, `learned_epsilon`, `tau (channels,)`, `alpha
+    (channels,)`; an attribute is None where the layer has no such weight.
+
+    Raises:
+        ValueError: as in `FilterResponseNormalization`.
 
     Example:
 
     >>> layer = keras_frn.FilterResponseNormalizationTLU(learned_epsilon=True)
-    >>> z = layer(np.ones((2, 32, 32, 16)))"""
+    >>> z = layer(np.ones((2, 32, 32, 16)))
+
+    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
+    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
     def __init__(
         self,

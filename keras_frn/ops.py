@@ -1,7 +1,4 @@
-"""The formulas, on `keras.ops`: pure functions of their arguments, on any backend.
-
-Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in
-the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+"""The formulas, on `keras.ops`: pure functions of their arguments, on any backend."""
 
 import keras
 import numpy as np
@@ -20,9 +17,11 @@ def filter_response_normalization(x, gamma=None, beta=None, axis=-1, epsilon=1e-
 
     Half precision is computed in float32. Squares overflow float32 above `|x| = 1.8e19`.
 
+    Shape: `x` is `(batch, *spatial, channels)` or, with `axis=1`, `(batch, channels, *spatial)`, of
+    rank 2 or more. The output has the same shape.
+
     Args:
-        x: Float or integer tensor of rank 2 or more, `(batch, *spatial, channels)` or, with
-            `axis=1`, `(batch, channels, *spatial)`.
+        x: Float or integer tensor.
         gamma: Scale, `(channels,)`, or None for 1. Defaults to None.
         beta: Offset, `(channels,)`, or None for 0. Defaults to None.
         axis: Int, the channel axis. Defaults to -1.
@@ -41,7 +40,9 @@ def filter_response_normalization(x, gamma=None, beta=None, axis=-1, epsilon=1e-
     Example:
 
     >>> x = np.array([[[3.0], [4.0]]])  # one sample, two positions, one channel
-    >>> y = keras_frn.ops.filter_response_normalization(x)  # x / sqrt(12.5)"""
+    >>> y = keras_frn.ops.filter_response_normalization(x)  # x / sqrt(12.5)
+
+    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
     x, dtype = _in_statistics_dtype(x)
     (axis,) = sorted_axes(axis, x.shape)
     return ops.cast(_normalized(x, gamma, beta, axis, epsilon, mask), dtype)
@@ -54,8 +55,10 @@ def tlu(x, tau, alpha=None, axis=-1):
     z = max(x, tau)            or, with alpha,    z = max(x, alpha * x + tau)
     ```
 
+    Shape: `x` has rank 2 or more. The output has the same shape.
+
     Args:
-        x: Float or integer tensor of rank 2 or more.
+        x: Float or integer tensor.
         tau: Threshold: the sizes of `x` along `axis`, axes in ascending order.
         alpha: Slope below the threshold, of tau's shape, or None for 0. Defaults to None.
         axis: The axes along which tau varies, an int or a tuple. Defaults to -1.
@@ -69,7 +72,9 @@ def tlu(x, tau, alpha=None, axis=-1):
 
     Example:
 
-    >>> z = keras_frn.ops.tlu(np.array([[-2.0, 3.0]]), tau=np.array([-1.0, 0.0]))  # [[-1, 3]]"""
+    >>> z = keras_frn.ops.tlu(np.array([[-2.0, 3.0]]), tau=np.array([-1.0, 0.0]))  # [[-1, 3]]
+
+    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
     x, dtype = _in_statistics_dtype(x)
     axes = sorted_axes(axis, x.shape)
     return ops.cast(_thresholded(x, tau, alpha, axes), dtype)
@@ -87,6 +92,8 @@ def filter_response_normalization_tlu(
     where y is `filter_response_normalization(x, gamma, beta, axis, epsilon, mask)`. Equal to the
     two operations one after the other, with one rounding less in half precision.
 
+    Shape: as in `filter_response_normalization`.
+
     Args:
         x, gamma, beta, axis, epsilon, mask: As in `filter_response_normalization`.
         tau: Threshold, `(channels,)` or a float. Defaults to 0, a ReLU.
@@ -101,7 +108,9 @@ def filter_response_normalization_tlu(
     Example:
 
     >>> x = np.array([[[3.0], [-4.0]]])
-    >>> z = keras_frn.ops.filter_response_normalization_tlu(x, tau=-0.5)  # [[[0.849], [-0.5]]]"""
+    >>> z = keras_frn.ops.filter_response_normalization_tlu(x, tau=-0.5)  # [[[0.849], [-0.5]]]
+
+    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
     x, dtype = _in_statistics_dtype(x)
     (axis,) = sorted_axes(axis, x.shape)
     y = _normalized(x, gamma, beta, axis, epsilon, mask)

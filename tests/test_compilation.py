@@ -294,7 +294,7 @@ def test_derivatives_of_every_kind_in_a_graph(rng):
 def test_on_device_training_in_litert(rng, tmp_path):
     """A training step is a LiteRT signature.
 
-    Of FRN alone: the gradient of TLU is that of a ReLU, for which LiteRT needs its Flex delegate."""
+    Of FRN alone: the gradient of TLU is that of a ReLU, for which LiteRT needs Flex operators."""
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 
