@@ -192,6 +192,44 @@ def test_torch_transforms_of_compiled_layers(rng):
         torch.testing.assert_close(gradients(), expected)
 
 
+@torch_only
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+# Checks of shapes are constants of the graph, as they should be.
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python")
+@pytest.mark.filterwarnings("ignore:Using len to get tensor shape")
+@pytest.mark.filterwarnings("ignore:Iterating over a tensor")
+@STACKS
+def test_torch_traces_the_same_graph_with_and_without_gradients(stack, rng):
+    import torch
+
+    x = torch.tensor(rng.normal(size=(2, 4, 4, 3)), dtype=torch.float32)
+    layers = torch.nn.Sequential(*STACKS_OF_LAYERS[stack]())
+    expected = layers(x)
+    # The check of `trace` fails where the graph differs between two calls.
+    with_gradients = torch.jit.trace(layers, x)
+    with torch.no_grad():
+        without = torch.jit.trace(layers, x)
+    for traced in (with_gradients, without):
+        torch.testing.assert_close(traced(x), expected)
+
+
+@jax_only
+def test_rematerialization(rng):
+    import jax
+
+    x = rng.normal(size=(2, 5, 6, 3)).astype("float32")
+
+    def gradients(mode):
+        with keras.RematScope(mode=mode):
+            layer = FilterResponseNormalizationTLU(learned_epsilon=True)
+        layer.build(x.shape)
+        weights = [v.value for v in layer.trainable_variables]
+        return jax.grad(lambda w: (layer.stateless_call(w, [], x)[0] ** 2).sum())(weights)
+
+    for actual, expected in zip(gradients("full"), gradients(None), strict=True):
+        close(numpy(actual), numpy(expected), INPUT_GRADIENT)
+
+
 def test_supports_jit():
     for cls in (FilterResponseNormalization, TLU, FilterResponseNormalizationTLU):
         assert cls().supports_jit

@@ -70,9 +70,7 @@ def test_litert_with_built_in_operators(shape, jit_compile, rng, tmp_path):
     check(model, lambda x: runtime(x)[0], shape, rng)
     operators = runtime.count_operators()
     assert "CUSTOM" not in operators
-    # The inference form: one MEAN and one MAXIMUM a layer; a cluster's form has two sums.
-    sums = 2 if jit_compile and shape[0] else 1
-    assert operators["MEAN"] == 2 * sums + 1, "two layers and the pooling"
+    assert operators["MEAN"] == 3, "two layers and the pooling"
     assert operators["MAXIMUM"] == 2
 
 
