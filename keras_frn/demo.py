@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -48,11 +49,7 @@ class Row:
 
 
 def digits():
-    """Scikit-learn's 1,797 digits, 8x8 pixels in [0, 1], every fifth one held out.
-
-    Returns:
-        `(x_train, y_train, x_test, y_test)`.
-    """
+    """Scikit-learn's digits, 8x8 pixels in [0, 1], as `(x_train, y_train, x_test, y_test)`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -85,16 +82,15 @@ def build_model():
 
 def train(model, x, y, epochs=EPOCHS, verbose="auto"):
     """Trains with Adam and a cosine schedule; returns Keras' history."""
-    batch = 32
-    schedule = keras.optimizers.schedules.CosineDecay(
-        5e-3, decay_steps=epochs * -(-len(x) // batch)
-    )
+    batch_size = 32
+    steps = epochs * math.ceil(len(x) / batch_size)
+    schedule = keras.optimizers.schedules.CosineDecay(5e-3, steps)
     model.compile(
         keras.optimizers.Adam(schedule),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    return model.fit(x, y, batch_size=batch, epochs=epochs, verbose=verbose)
+    return model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=verbose)
 
 
 def run(output):

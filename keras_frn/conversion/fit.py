@@ -56,16 +56,8 @@ def fit(model, converted, replaced, ratios, samples, verbose):
     data, per channel. Least squares would shrink gamma wherever the two networks differ by more
     than a scale, and every later layer would see too small a signal.
 
-    Args:
-        model: The BatchNormalization model.
-        converted: The FRN model, which is changed.
-        replaced: Dict from FRN layer to its BatchNormalization layer.
-        ratios: Dict from BatchNormalization layer to its epsilon / mean square.
-        samples: `Samples`.
-        verbose: Whether to show progress.
-
-    Returns:
-        Dict from BatchNormalization layer to the measured epsilon / mean square of each channel.
+    `replaced` maps each layer of `converted` to its BatchNormalization layer in `model`, and
+    `ratios` the latter to epsilon / mean square. Returns the ratios that were measured, by channel.
     """
     recorder = _Recorder(model, replaced.values())
     recorder.run(samples)
@@ -196,13 +188,11 @@ class _Recorder:
 
     def record(self, layer, inputs, mask):
         """Called by each tap."""
-        if self._only not in (None, layer):
-            return
-        self.moments[layer].append(_Moments.of(inputs, layer.axis, mask))
-        if self._only is layer:
+        if self._only in (None, layer):
+            self.moments[layer].append(_Moments.of(inputs, layer.axis, mask))
             self._calls_left -= 1
-            if self._calls_left == 0:
-                raise _PassIsOver
+        if self._only is layer and self._calls_left == 0:
+            raise _PassIsOver
 
 
 class _Tap(keras.layers.Layer):
@@ -214,10 +204,6 @@ class _Tap(keras.layers.Layer):
         self.supports_masking = True
         self.layer = layer
         self.recorder = recorder
-
-    def build(self, input_shape):
-        if not self.layer.built:
-            self.layer.build(input_shape)
 
     def call(self, inputs, training=None, mask=None):
         self.recorder.record(self.layer, inputs, mask)
