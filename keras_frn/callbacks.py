@@ -58,15 +58,12 @@ class EpsilonScheduler(keras.callbacks.Callback):
 
     def __init__(self, steps, initial_ratio=3.0, final_ratio=0.1, initial_step=0):
         super().__init__()
-        for name, value, least, remedy in (
-            ("steps", steps, 1, "A quarter of the batches does well."),
-            ("initial_step", initial_step, 0, "It is `model.optimizer.iterations` at the start."),
-        ):
+        for name, value, least in (("steps", steps, 1), ("initial_step", initial_step, 0)):
             is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
             if not is_int or value < least:
                 raise ValueError(
                     f"`{name}` must be an int of {least} or more. Received: {name}={value!r}. "
-                    f"{remedy}"
+                    "Count in batches, as `model.optimizer.iterations` does."
                 )
         for name, ratio in (("initial_ratio", initial_ratio), ("final_ratio", final_ratio)):
             if not isinstance(ratio, numbers.Real) or not 0 < ratio < math.inf:

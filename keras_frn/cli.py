@@ -32,34 +32,18 @@ def _parser():
         return command
 
     demo = add(_demo, "demo", "train, save, reload, export and compare on real digits")
-    demo.add_argument(
-        "--output", default="keras-frn-demo", metavar="DIR", help="new or empty folder"
-    )
-
+    demo.add_argument("--output", default="keras-frn-demo", metavar="DIR", help="an empty folder")
     add(_inspect, "inspect", "list a model's FRN and TLU layers and weights", model=".keras or .h5")
 
-    export = add(
-        _export,
-        "export",
-        "write a LiteRT file and compare it with the model",
-        model=".keras or .h5",
-        output=".tflite to write",
-    )
-    export.add_argument(
-        "--quantization",
-        choices=["float16", "dynamic", "int8", "int8_float_statistics", "int16x8"],
-        help="default: float32",
-    )
+    help = "write a LiteRT file and compare it with the model"
+    export = add(_export, "export", help, model=".keras or .h5", output=".tflite to write")
+    presets = ["float16", "dynamic", "int8", "int8_float_statistics", "int16x8"]
+    export.add_argument("--quantization", choices=presets, help="default: float32")
     export.add_argument("--calibration", metavar="NPY", help="inputs like those at inference")
     export.add_argument("--integer-io", action="store_true", help="integer inputs and outputs")
 
-    convert = add(
-        _convert,
-        "convert",
-        "turn a trained BatchNormalization model into an FRN model",
-        model=".keras or .h5",
-        output=".keras to write",
-    )
+    help = "turn a trained BatchNormalization model into an FRN model"
+    convert = add(_convert, "convert", help, model=".keras or .h5", output=".keras to write")
     convert.add_argument("--calibration", metavar="NPY", help="inputs, some hundreds, no labels")
     convert.add_argument(
         "--epsilon-ratio", type=float, default=3.0, help="epsilon / mean square (default 3)"
@@ -126,7 +110,11 @@ def _export(arguments):
 def _convert(arguments):
     from .conversion import replace_batch_normalization
 
-    output = _new_keras_file(arguments.output)
+    output = Path(arguments.output)
+    if output.suffix != ".keras":
+        raise ValueError(
+            f"`output` must end in .keras. Received: output={str(output)!r}. Call it frn.keras."
+        )
     model, report = replace_batch_normalization(
         _load(arguments.model),
         _array(arguments.calibration),
@@ -168,11 +156,3 @@ def _array(path):
     import numpy as np
 
     return None if path is None else np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _new_keras_file(path):
-    if not path.endswith(".keras"):
-        raise ValueError(
-            f"`output` must end in .keras. Received: output={path!r}. Call it frn.keras."
-        )
-    return Path(path)

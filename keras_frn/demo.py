@@ -2,11 +2,12 @@
 
 import csv
 import dataclasses
+import math
 import os
 import subprocess
 import sys
 import tempfile
-import time
+import timeit
 from pathlib import Path
 
 import keras
@@ -39,13 +40,16 @@ class Row:
     bytes: int | None
     ms_per_image: float
 
+    def __str__(self):
+        kilobytes = "" if self.bytes is None else f"{self.bytes / 1e3:.0f}"
+        return (
+            f"{self.format:18}{self.accuracy:10.2%}{self.largest_difference:12.1e}"
+            f"{kilobytes:>8}{self.ms_per_image:10.4f}"
+        )
+
 
 def digits():
-    """Scikit-learn's 1,797 digits, 8x8 pixels in [0, 1], every fifth one held out.
-
-    Returns:
-        `(x_train, y_train, x_test, y_test)`.
-    """
+    """Scikit-learn's digits, 8x8 pixels in [0, 1], as `(x_train, y_train, x_test, y_test)`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -78,16 +82,15 @@ def build_model():
 
 def train(model, x, y, epochs=EPOCHS, verbose="auto"):
     """Trains with Adam and a cosine schedule; returns Keras' history."""
-    batch = 32
-    schedule = keras.optimizers.schedules.CosineDecay(
-        5e-3, decay_steps=epochs * -(-len(x) // batch)
-    )
+    batch_size = 32
+    steps = epochs * math.ceil(len(x) / batch_size)
+    schedule = keras.optimizers.schedules.CosineDecay(5e-3, steps)
     model.compile(
         keras.optimizers.Adam(schedule),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    return model.fit(x, y, batch_size=batch, epochs=epochs, verbose=verbose)
+    return model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=verbose)
 
 
 def run(output):
@@ -167,11 +170,7 @@ def _predict_in_new_process(path, x):
 
 def _milliseconds(predict, x):
     """The median time for an image."""
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        predict(x)
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: predict(x), number=1, repeat=20)
     return 1e3 * float(np.median(seconds)) / len(x)
 
 
@@ -182,17 +181,11 @@ def _size(path):
 
 def _write_table(rows, path):
     """Prints the table and writes it as CSV."""
-    print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}")
+    print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}", *rows, sep="\n")
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, dataclasses.asdict(rows[0]))
         writer.writeheader()
-        for row in rows:
-            kilobytes = "" if row.bytes is None else f"{row.bytes / 1e3:.0f}"
-            print(
-                f"{row.format:18}{row.accuracy:10.2%}{row.largest_difference:12.1e}"
-                f"{kilobytes:>8}{row.ms_per_image:10.4f}"
-            )
-            writer.writerow(dataclasses.asdict(row))
+        writer.writerows(map(dataclasses.asdict, rows))
 
 
 def _plot(model, history, path):
@@ -206,8 +199,6 @@ def _plot(model, history, path):
     for number, layer in enumerate(layers, 1):
         gamma, tau = (keras.ops.convert_to_numpy(w) for w in (layer.gamma, layer.tau))
         right.scatter(gamma, tau, s=14, label=f"layer {number}, {len(tau)} channels")
-    right.axhline(0, color="0.7", linewidth=0.8)
-    right.axvline(1, color="0.7", linewidth=0.8)
     right.set(title="What the layers learned (start: 1, 0)", xlabel="gamma", ylabel="tau")
     right.legend()
     figure.savefig(path, dpi=120)

@@ -133,14 +133,9 @@ def _calls(model, scopes):
 def copy(model, copy_one, input_dtype=str):
     """Copies a model, with new layers in the old wiring.
 
-    Args:
-        model: Functional or Sequential model; models inside it are copied in the same way.
-        copy_one: Function from a layer that is no model to the layer in its place. It is called
-            once for each layer.
-        input_dtype: Function from the dtype of an input to that of the copy.
-
-    Returns:
-        The copy, and a dict from each layer to its copy, outer models first.
+    `copy_one` gives the layer in the place of each layer that is no model, and `input_dtype` the
+    dtype in the place of that of an input. Returns the copy, and a dict from each layer to its
+    copy, outer models first.
     """
     copies = {}
 

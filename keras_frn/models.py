@@ -13,11 +13,6 @@ _BLOCKS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-_RANKS = {
-    1: (keras.layers.Conv1D, keras.layers.MaxPooling1D, keras.layers.GlobalAveragePooling1D),
-    2: (keras.layers.Conv2D, keras.layers.MaxPooling2D, keras.layers.GlobalAveragePooling2D),
-    3: (keras.layers.Conv3D, keras.layers.MaxPooling3D, keras.layers.GlobalAveragePooling3D),
-}
 
 
 def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_epsilon=False):
@@ -36,16 +31,16 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
     Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
 
     Args:
-        input_shape: `(*spatial, channels)`, with one, two or three spatial sizes, None where
+        input_shape: Tuple `(*spatial, channels)`, with one, two or three spatial sizes, None where
             unknown. Defaults to (224, 224, 3).
-        classes: Number of logits. Defaults to 1000.
-        depth: 18, 34, 50, 101 or 152. Defaults to 50.
-        width: Channels of the first stage. Defaults to 64.
-        learned_epsilon: As in `FilterResponseNormalization`; use True where the last maps are of
-            one position, 1/32 of the input. Defaults to False.
+        classes: Int, the number of logits. Defaults to 1000.
+        depth: Int, the number of layers with weights: 18, 34, 50, 101 or 152. Defaults to 50.
+        width: Int, the number of channels of the first stage. Defaults to 64.
+        learned_epsilon: As in `FilterResponseNormalization`. Use True where the last maps, 1/32 of
+            the input, have one position. Defaults to False.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if the shape, the depth or another number is none of these.
 
     Example:
 
@@ -55,7 +50,8 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
     https://arxiv.org/abs/1603.05027; Singh & Krishnan, CVPR 2020,
     https://arxiv.org/abs/1911.09737."""
     input_shape = tuple(input_shape)
-    if len(input_shape) - 1 not in _RANKS or input_shape[-1] is None:
+    rank = len(input_shape) - 1
+    if rank not in (1, 2, 3) or input_shape[-1] is None:
         raise ValueError(
             "`input_shape` must be one to three spatial sizes and the number of channels. "
             f"Received: input_shape={input_shape}. A series of 100 steps with 6 channels is "
@@ -67,18 +63,12 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
             "smallest."
         )
     _check_positive(classes=classes, width=width)
-    conv_layer, pool_layer, mean_layer = _RANKS[len(input_shape) - 1]
+    names = ("Conv", "MaxPooling", "GlobalAveragePooling")
+    conv_layer, pool_layer, mean_layer = (getattr(keras.layers, f"{n}{rank}D") for n in names)
+    options = {"padding": "same", "use_bias": False, "kernel_initializer": "he_normal"}
 
     def conv(x, filters, size, strides, name):
-        return conv_layer(
-            filters,
-            size,
-            strides,
-            padding="same",
-            use_bias=False,
-            kernel_initializer="he_normal",
-            name=name,
-        )(x)
+        return conv_layer(filters, size, strides, name=name, **options)(x)
 
     def frn_tlu(x, name):
         return FilterResponseNormalizationTLU(learned_epsilon=learned_epsilon, name=name)(x)
@@ -91,17 +81,17 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
         for block in range(blocks):
             name = f"stage{stage + 1}_block{block + 1}"
             strides = 2 if stage > 0 and block == 0 else 1
+            convs = [(filters, 3), (filters, 3)]
+            if depth >= 50:
+                convs = [(filters, 1), (filters, 3), (4 * filters, 1)]
             y = frn_tlu(x, f"{name}_frn1")
-            out = filters if depth < 50 else 4 * filters
+            out = convs[-1][0]
             if strides > 1 or x.shape[-1] != out:
                 x = conv(y, out, 1, strides, f"{name}_projection")
-            if depth < 50:
-                y = conv(y, filters, 3, strides, f"{name}_conv1")
-                y = conv(frn_tlu(y, f"{name}_frn2"), out, 3, 1, f"{name}_conv2")
-            else:
-                y = conv(y, filters, 1, 1, f"{name}_conv1")
-                y = conv(frn_tlu(y, f"{name}_frn2"), filters, 3, strides, f"{name}_conv2")
-                y = conv(frn_tlu(y, f"{name}_frn3"), out, 1, 1, f"{name}_conv3")
+            for number, (channels, size) in enumerate(convs, 1):
+                y = y if number == 1 else frn_tlu(y, f"{name}_frn{number}")
+                step = strides if number == len(convs) - 1 else 1
+                y = conv(y, channels, size, step, f"{name}_conv{number}")
             x = keras.layers.Add(name=f"{name}_add")([x, y])
     x = mean_layer(name="mean")(frn_tlu(x, "last_frn"))
     logits = keras.layers.Dense(classes, name="logits")(x)
@@ -124,15 +114,15 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
     Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
 
     Args:
-        input_shape: `(height, width, channels)`. Defaults to (32, 32, 3).
-        classes: Number of logits. Defaults to 10.
-        depth: 6 n + 2. Defaults to 20.
-        width: Channels of the first stage. Defaults to 16.
-        activation: `"swish"`, `"tlu"`, or any other that `keras.layers.Activation` takes. Defaults
-            to `"swish"`.
+        input_shape: Tuple `(height, width, channels)`. Defaults to (32, 32, 3).
+        classes: Int, the number of logits. Defaults to 10.
+        depth: Int, the number of layers with weights: 6 n + 2. Defaults to 20.
+        width: Int, the number of channels of the first stage. Defaults to 16.
+        activation: `"tlu"`, or any activation that `keras.layers.Activation` takes. Defaults to
+            `"swish"`.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if the depth is not 6 n + 2, or another number is not a positive int.
 
     Example:
 
@@ -140,17 +130,12 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
 
     Reference: Izmailov et al., "What Are Bayesian Neural Network Posteriors Really Like?", ICML
     2021, https://arxiv.org/abs/2104.14421."""
-    if (
-        isinstance(depth, bool)
-        or not isinstance(depth, numbers.Integral)
-        or depth < 8
-        or (depth - 2) % 6
-    ):
+    _check_positive(classes=classes, width=width, depth=depth)
+    if depth < 8 or (depth - 2) % 6:
         raise ValueError(
-            f"`depth` must be 6 n + 2. Received: depth={depth}. Common depths "
-            "are 20, 32, 44 and 56."
+            f"`depth` must be 6 n + 2. Received: depth={depth}. Common depths are 20, 32, 44 and "
+            "56."
         )
-    _check_positive(classes=classes, width=width)
     only_tlu = activation == "tlu"
 
     def layer(x, filters, size, strides, name, branch_end=False):

@@ -58,13 +58,12 @@ class Samples:
         for part in self._parts:
             length, step = _length(part), self._fixed or BATCH_SIZE
             for start in range(0, length, step):
-                rows = slice(start, min(start + step, length))
-                if self._fixed:
-                    rows = np.arange(start, start + step) % length
-                yield [self._array(i, array[rows]) for i, array in enumerate(part)]
+                batch = [self._array(i, x[start : start + step]) for i, x in enumerate(part)]
+                rows = np.arange(step) % len(batch[0])
+                yield [array[rows] if self._fixed else array for array in batch]
 
     def _array(self, i, rows):
-        rows = np.asarray(rows)
+        rows = keras.ops.convert_to_numpy(rows)
         dtype = self._inputs[i].dtype if self._inputs else rows.dtype
         return rows.astype("float32") if keras.backend.is_float_dtype(str(dtype)) else rows
 

@@ -364,7 +364,7 @@ def test_maxima_are_taken_before_the_scale_where_that_is_exact(name, integer_for
     copy.pool_first()
     if integer_form:
         copy.equalize([[x]])
-        copy.use_integer_form([])
+        copy.use_integer_form()
     close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
     assert (copy.normalizations[0].pooling is not None) == first
 
@@ -400,7 +400,7 @@ def test_the_integer_form_equals_the_formula_where_integers_resolve_it(epsilon, 
     x = images(rng, 64, (9, 9, channels)) * np.geomspace(0.1, 1, 64)[:, None, None, None]
     copy = InferenceCopy(model)
     copy.equalize([[x.astype("float32")]])
-    copy.use_integer_form([])
+    copy.use_integer_form()
     (normalization,) = copy.normalizations
     assert normalization.first_epsilon is not None
     gamma, beta, tau = (w.numpy() for w in (layer.gamma, layer.beta, layer.tau))

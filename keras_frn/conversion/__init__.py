@@ -22,7 +22,8 @@ _ACTIVATIONS = (
     keras.layers.PReLU,
     keras.layers.ELU,
 )
-_TLU = "TLU with a threshold of 0"
+_FRN, _TLU = "FRN", "TLU with a threshold of 0"
+_SHARED = "other layers come before it too"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +59,20 @@ class ConversionReport:
 
     entries: tuple[Replacement, ...]
 
-    def count(self, kind, action="replaced"):
-        """The number of layers of a class that had this action."""
-        return sum(entry.kind == kind and entry.action == action for entry in self.entries)
-
     def __str__(self):
-        if any(entry.kind == "BatchNormalization" for entry in self.entries):
-            head = (
-                f"{self.count('BatchNormalization')} BatchNormalization layers became FRN, "
-                f"{sum(e.reason == _TLU for e in self.entries)} activations became TLU, "
-                f"{sum(e.action == 'kept' for e in self.entries)} layers were kept."
-            )
-        else:
-            head = "No BatchNormalization layer was found: the model is an unchanged copy."
-        lines = [head]
-        if self.entries:
-            width = max(len(entry.layer) for entry in self.entries)
-            lines.append(f"{'layer':{width}}  {'class':18}  N       eps/nu2  what")
+        if not self.entries:
+            return "No BatchNormalization layer was found: the model is an unchanged copy."
+        width = max(len(entry.layer) for entry in self.entries)
+        lines = [
+            f"{sum(e.reason == _FRN for e in self.entries)} BatchNormalization layers became FRN, "
+            f"{sum(e.reason == _TLU for e in self.entries)} activations became TLU, "
+            f"{sum(e.action == 'kept' for e in self.entries)} layers were kept.",
+            f"{'layer':{width}}  {'class':18}  N       eps/nu2  what",
+        ]
         for entry in self.entries:
             ratio = "" if entry.epsilon_ratio is None else f"{entry.epsilon_ratio:.3g}"
-            positions = "" if entry.positions is None else entry.positions
             lines.append(
-                f"{entry.layer:{width}}  {entry.kind:18}  {positions!s:6}  {ratio:7}  "
+                f"{entry.layer:{width}}  {entry.kind:18}  {entry.positions or '':<6}  {ratio:7}  "
                 f"{entry.action}: {entry.reason}"
             )
         return "\n".join(lines)
@@ -192,9 +185,8 @@ class _Plan:
         self.norms = [x for x in self._layers if type(x) is keras.layers.BatchNormalization]
         self.tlus = {}
         for layer in self._layers if replace_activations else ():
-            sources = self._sources(layer)
             norm = self._norm_before(layer)
-            if norm is not None and _is_relu(layer) and sources == {norm}:
+            if norm is not None and _is_relu(layer) and self._sources(layer) == {norm}:
                 self.tlus[layer] = norm
 
     def _sources(self, layer):
@@ -214,22 +206,18 @@ class _Plan:
             if layer in self.norms:
                 row |= {"positions": graph.positions(layer)}
                 row |= {"epsilon_ratio": float(np.median(ratios[layer]))}
-                yield Replacement(**row, action="replaced", reason="FRN")
+                yield Replacement(**row, action="replaced", reason=_FRN)
             elif layer in self.tlus:
                 yield Replacement(**row, action="replaced", reason=_TLU)
             elif self._norm_before(layer) is not None and isinstance(layer, _ACTIVATIONS):
-                yield Replacement(**row, action="kept", reason=self._why_kept(layer))
+                alone = "not asked for" if len(self._sources(layer)) == 1 else _SHARED
+                reason = alone if _is_relu(layer) else "not a ReLU"
+                yield Replacement(**row, action="kept", reason=reason)
             elif not graph.is_graph(layer) and any(
                 "moving_variance" in weight.path for weight in getattr(layer, "weights", ())
             ):
                 reason = "BatchNormalization inside, which no graph shows"
                 yield Replacement(**row, action="kept", reason=reason)
-
-    def _why_kept(self, activation):
-        if not _is_relu(activation):
-            return "not a ReLU"
-        is_alone = len(self._sources(activation)) == 1
-        return "not asked for" if is_alone else "other layers come before it too"
 
 
 def _frn(bn, ratio, learned_epsilon):

@@ -56,16 +56,8 @@ def fit(model, converted, replaced, ratios, samples, verbose):
     data, per channel. Least squares would shrink gamma wherever the two networks differ by more
     than a scale, and every later layer would see too small a signal.
 
-    Args:
-        model: The BatchNormalization model.
-        converted: The FRN model, which is changed.
-        replaced: Dict from FRN layer to its BatchNormalization layer.
-        ratios: Dict from BatchNormalization layer to its epsilon / mean square.
-        samples: `Samples`.
-        verbose: Whether to show progress.
-
-    Returns:
-        Dict from BatchNormalization layer to the measured epsilon / mean square of each channel.
+    `replaced` maps each layer of `converted` to its BatchNormalization layer in `model`, and
+    `ratios` the latter to epsilon / mean square. Returns the ratios that were measured, by channel.
     """
     recorder = _Recorder(model, replaced.values())
     recorder.run(samples)
@@ -95,24 +87,14 @@ class _Moments:
     @classmethod
     def of(cls, x, axis, mask):
         """Measures an input of a layer. Positions that are masked do not count."""
-        x = ops.cast(x, "float32")
-        axis %= len(x.shape)
-        spatial = tuple(i for i in range(1, len(x.shape)) if i != axis)
-        if mask is None:
-            kept = ops.ones([1 if i == axis else size for i, size in enumerate(x.shape)])
-        else:
-            mask = ops.cast(mask, "float32")
-            for _ in range(len(x.shape) - 1 - len(mask.shape)):
-                mask = ops.expand_dims(mask, -1)
-            kept = ops.expand_dims(mask, axis) * ops.ones_like(ops.take(x, [0], axis))
-        if not spatial:
-            return cls(_float64(kept * x), _float64(kept * x * x), _float64(kept)[:, 0])
-        share = ops.maximum(ops.mean(kept, axis=spatial), 1e-12)
-        return cls(
-            _float64(ops.mean(kept * x, axis=spatial) / share),
-            _float64(ops.mean(kept * x * x, axis=spatial) / share),
-            _float64(ops.sum(kept, axis=(*spatial, axis))),
-        )
+        x = np.moveaxis(ops.convert_to_numpy(ops.cast(x, "float32")), axis, -1)
+        kept = np.ones((1,) * (x.ndim - 1)) if mask is None else ops.convert_to_numpy(mask)
+        kept = kept.reshape(kept.shape + (1,) * (x.ndim - 1 - kept.ndim))
+        kept = np.broadcast_to(kept, x.shape[:-1]).reshape(len(x), -1, 1).astype("float64")
+        x = x.reshape(len(x), -1, x.shape[-1])
+        positions = kept.sum((1, 2))
+        share = np.maximum(positions, 1)[:, None]
+        return cls((kept * x).sum(1) / share, (kept * x * x).sum(1) / share, positions)
 
     @classmethod
     def joined(cls, moments):
@@ -206,13 +188,11 @@ class _Recorder:
 
     def record(self, layer, inputs, mask):
         """Called by each tap."""
-        if self._only not in (None, layer):
-            return
-        self.moments[layer].append(_Moments.of(inputs, layer.axis, mask))
-        if self._only is layer:
+        if self._only in (None, layer):
+            self.moments[layer].append(_Moments.of(inputs, layer.axis, mask))
             self._calls_left -= 1
-            if self._calls_left == 0:
-                raise _PassIsOver
+        if self._only is layer and self._calls_left == 0:
+            raise _PassIsOver
 
 
 class _Tap(keras.layers.Layer):
@@ -224,10 +204,6 @@ class _Tap(keras.layers.Layer):
         self.supports_masking = True
         self.layer = layer
         self.recorder = recorder
-
-    def build(self, input_shape):
-        if not self.layer.built:
-            self.layer.build(input_shape)
 
     def call(self, inputs, training=None, mask=None):
         self.recorder.record(self.layer, inputs, mask)

@@ -139,20 +139,18 @@ def export_tflite(
         )
     samples = Samples(model, calibration_data)
 
-    def show(step):
-        if verbose:
-            print(step)
-
+    show = print if verbose else lambda step: None
     show("copying the model in float32")
     copy = _copied(model)
     notes, equalized, not_equalized = [], (), {}
     if preset.is_calibrated and copy is None:
-        not_equalized = dict.fromkeys(_normalizations(model), "it is part of a subclassed model")
+        norms = [x for x in graph.layers(model) if isinstance(x, FilterResponseNormalization)]
+        not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
     elif preset.is_calibrated:
         show(f"equalizing {len(copy.normalizations)} normalizations")
         copy.equalize(samples)
         if preset.is_integer:
-            copy.use_integer_form(samples)
+            copy.use_integer_form()
         equalized, not_equalized = tuple(copy.equalized), copy.not_equalized
     if preset.is_integer and not_equalized:
         notes.append(
@@ -255,11 +253,6 @@ def _copied(model):
             f"Received: a subclassed model with dtypes {sorted(dtypes)}. Load it in float32."
         )
     return None
-
-
-def _normalizations(model):
-    layers = graph.layers(model)
-    return [layer.name for layer in layers if isinstance(layer, FilterResponseNormalization)]
 
 
 def _compared(model, runtime, samples):

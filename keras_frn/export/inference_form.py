@@ -178,7 +178,6 @@ class InferenceCopy:
         self._wiring = graph.Wiring(self.model)
         inside = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.normalizations = [layer for layer in inside if isinstance(layer, _Normalization)]
-        self._mean_squares = None
         self.equalized, self.not_equalized = [], {}
 
     def absorb_offsets(self):
@@ -211,7 +210,7 @@ class InferenceCopy:
         """The TLU layers to shift and the layers whose bias takes what is added to a tensor."""
         absorbers = []
         for call in self._wiring.readers(tensor):
-            if call is None or len(call.inputs) != 1 or not self._is_called_once(call.layer):
+            if call is None or len(call.inputs) != 1 or self._is_shared(call.layer):
                 raise _NotPossibleError
             if _is_threshold(call.layer):
                 absorbers += [call.layer, *self._absorbers(call.outputs[0])]
@@ -255,7 +254,7 @@ class InferenceCopy:
 
     def equalize(self, batches):
         """Scales each input channel of a normalization to unit root mean square on the batches."""
-        self._record(batches)
+        self._mean_squares = self._recorded(batches)
         for layer in self.normalizations:
             values = self._mean_squares[layer]
             others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
@@ -271,10 +270,8 @@ class InferenceCopy:
             self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
             self.equalized.append(layer.name)
 
-    def use_integer_form(self, batches):
-        """Gives each normalization the integer form that fits its mean squares on the batches."""
-        if self._mean_squares is None:
-            self._record(batches)
+    def use_integer_form(self):
+        """Gives each normalization the integer form that fits its mean squares, once equalized."""
         for layer in self.normalizations:
             values = self._mean_squares[layer] + layer.aligned(layer.epsilon)
             largest = values.max()
@@ -283,21 +280,22 @@ class InferenceCopy:
                 largest = 1.0
             layer.floor = _RESOLVED * largest
 
-    def _record(self, batches):
+    def _recorded(self, batches):
+        """Dict from each normalization to the mean squares of its inputs."""
         for layer in self.normalizations:
             layer.recorded = []
         for batch in batches:
             self.model(graph.inputs_like(self.model, batch), training=False)
-        self._mean_squares = {}
+        recorded = {x: np.concatenate(x.recorded).astype("float64") for x in self.normalizations}
         for layer in self.normalizations:
-            self._mean_squares[layer] = np.concatenate(layer.recorded).astype("float64")
             layer.recorded = None
+        return recorded
 
-    def _is_called_once(self, layer):
-        return len(self._wiring.calls_of(layer)) == 1
+    def _is_shared(self, layer):
+        return len(self._wiring.calls_of(layer)) != 1
 
     def _input_of(self, layer):
-        if not self._is_called_once(layer):
+        if self._is_shared(layer):
             raise _NotPossibleError("it is used in several places")
         if not layer.is_channels_last:
             raise _NotPossibleError("its channels are not the last axis")
@@ -313,20 +311,19 @@ class InferenceCopy:
         if call is None:
             raise _NotPossibleError("it is fed by the model's input")
         layer, inputs = call.layer, call.inputs
-        if not self._is_called_once(layer):
+        if self._is_shared(layer):
             raise _NotPossibleError(f"{layer.name} is used in several places")
-        parts = None
         if isinstance(layer, layers.Add) and all(t.shape[-1] == factor.size for t in inputs):
             parts = [factor] * len(inputs)
         elif isinstance(layer, layers.Concatenate) and layer.axis in (-1, len(tensor.shape) - 1):
             parts = np.split(factor, np.cumsum([t.shape[-1] for t in inputs])[:-1])
         elif _commutes(layer):
             parts = [factor]
-        if parts is not None:
-            return [pair for t, part in zip(inputs, parts) for pair in self._scalable(t, part)]
-        if not _is_scalable(layer):
+        elif _is_scalable(layer):
+            return [(layer, factor)]
+        else:
             raise _NotPossibleError(f"{layer.name} ({type(layer).__name__}) cannot be scaled")
-        return [(layer, factor)]
+        return [pair for t, part in zip(inputs, parts) for pair in self._scalable(t, part)]
 
 
 class _NotPossibleError(Exception):
@@ -409,15 +406,14 @@ def _scaled_weights(layer, factor):
 
 def _float32(config):
     """A config whose layers compute in float32."""
-    if isinstance(config, str):
-        return "float32" if config in _OTHER_FLOATS else config
+    if isinstance(config, dict) and config.get("class_name") == "DTypePolicy":
+        config = config["config"]["name"]
+    if isinstance(config, dict):
+        return {k: _float32(v) if k == "dtype" else _inside(v) for k, v in config.items()}
+    return "float32" if isinstance(config, str) and config in _OTHER_FLOATS else _inside(config)
+
+
+def _inside(config):
     if isinstance(config, (list, tuple)):
-        return type(config)(_float32(c) if isinstance(c, (dict, list)) else c for c in config)
-    if not isinstance(config, dict):
-        return config
-    if config.get("class_name") == "DTypePolicy":
-        return _float32(config["config"]["name"])
-    return {
-        key: value if isinstance(value, str) and key != "dtype" else _float32(value)
-        for key, value in config.items()
-    }
+        return type(config)(map(_inside, config))
+    return _float32(config) if isinstance(config, dict) else config

@@ -16,23 +16,18 @@ _RARE, _BINS = 2e-4, 4096
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """How a file stores weights and computes.
+    """How a file stores weights and computes."""
 
-    Attributes:
-        is_optimized: Whether TensorFlow's converter stores the weights in fewer bits.
-        weights: The type of the weights, where it is not up to the converter.
-        activations: The integer type of activations. None is float.
-        converter_operators: The name of the converter's set of operators in integers.
-        quantizer_operators: The operators that ai-edge-quantizer writes in integers. Without any,
-            the converter writes the file.
-        is_integer: Whether every operator shall be in integers.
-    """
-
+    # Whether TensorFlow's converter stores the weights in fewer bits, and their type if chosen.
     is_optimized: bool = True
     weights: str | None = None
+    # The integer type of the activations; None is float.
     activations: str | None = None
+    # The converter's set of integer operators, and those that ai-edge-quantizer turns into
+    # integers. It writes the file where there are any.
     converter_operators: str | None = None
     quantizer_operators: tuple[str, ...] = ()
+    # Whether every operator shall be in integers.
     is_integer: bool = False
 
     @property
@@ -73,18 +68,7 @@ def import_quantizer():
 
 
 def convert(model, preset, input_names, samples, integer_io):
-    """Converts a model to the content of a LiteRT file.
-
-    Args:
-        model: The model, as it is to be computed.
-        preset: A `Preset`.
-        input_names: The names of the model's inputs, in order.
-        samples: `Samples`.
-        integer_io: Whether inputs and outputs are integers.
-
-    Returns:
-        The content, and a list of warnings.
-    """
+    """Returns the content of a LiteRT file that computes the model, and a list of warnings."""
     with tempfile.TemporaryDirectory() as folder:
         model.export(folder, format="tf_saved_model", verbose=False)
         if not preset.quantizer_operators:
