@@ -103,11 +103,13 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.supports_masking = True
         self.supports_jit = True
         self.axis = _checked_axis(axis)
-        self.use_learned_epsilon = _checked_learned_epsilon(learned_epsilon)
+        self.use_learned_epsilon = _one_of(
+            "learned_epsilon", learned_epsilon, (False, True, "per_channel")
+        )
         self.epsilon = _checked_epsilon(epsilon, learned_epsilon)
         self.center = center
         self.scale = scale
-        self.jit_compile = _checked_jit_compile(jit_compile)
+        self.jit_compile = _one_of("jit_compile", jit_compile, (None, False, True))
         if learned_epsilon_initializer is None:
             learned_epsilon_initializer = initializers.Constant(_START_OF_EPSILON)
         self.beta_initializer = initializers.get(beta_initializer)
@@ -218,9 +220,9 @@ class TLU(keras.layers.Layer):
         self.autocast = False
         self.supports_masking = True
         self.supports_jit = True
-        self.axis = _checked_axes(axis)
+        self.axis = _checked_axis(axis, several=True)
         self.affine = affine
-        self.jit_compile = _checked_jit_compile(jit_compile)
+        self.jit_compile = _one_of("jit_compile", jit_compile, (None, False, True))
         self.tau_initializer = initializers.get(tau_initializer)
         self.alpha_initializer = initializers.get(alpha_initializer)
         self.tau_regularizer = regularizers.get(tau_regularizer)
@@ -392,34 +394,28 @@ def _weight_config(layer, names):
     }
 
 
-def _checked_axis(axis):
-    if isinstance(axis, (list, tuple)):
-        raise ValueError(
-            f"`axis` must be one int, the channel axis. Received: axis={axis}. Use -1 for "
-            "channels-last data (TensorFlow Addons' `axis=[1, 2]` named the spatial axes)."
-        )
-    return _checked_axes(axis)
-
-
-def _checked_axes(axis):
-    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
+def _checked_axis(axis, several=False):
+    is_several = isinstance(axis, (list, tuple))
+    axes = tuple(axis) if is_several else (axis,)
     integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
-    if not axes or not integers or 0 in axes or len(set(axes)) != len(axes):
+    too_many = is_several and not several
+    if not axes or not integers or too_many or 0 in axes or len(set(axes)) != len(axes):
+        kinds = "an int or a tuple of different ints" if several else "one int, the channel axis"
         raise ValueError(
-            "`axis` must be an int, or for TLU a tuple of different ints, and not 0, the batch "
-            f"axis. Received: axis={axis!r}. Use -1 for the channels of channels-last data and 1 "
-            "for channels-first."
+            f"`axis` must be {kinds}, without 0, the batch axis. Received: axis={axis!r}. Use -1 "
+            "for the channels of channels-last data and 1 for channels-first. (TensorFlow Addons' "
+            "`axis=[1, 2]` named the spatial axes.)"
         )
-    return tuple(map(int, axes)) if isinstance(axis, (list, tuple)) else int(axis)
+    return tuple(map(int, axes)) if is_several else int(axis)
 
 
-def _checked_learned_epsilon(learned):
-    if not isinstance(learned, (bool, np.bool_)) and learned != "per_channel":
+def _one_of(name, value, choices):
+    if not any(value is choice or choice == value == "per_channel" for choice in choices):
         raise ValueError(
-            "`learned_epsilon` must be False, True (one per layer) or 'per_channel'. Received: "
-            f"learned_epsilon={learned!r}. Pass a start value as `learned_epsilon_initializer`."
+            f"`{name}` must be one of {choices}. Received: {name}={value!r}. Leave it out for "
+            f"{choices[0]}."
         )
-    return learned if learned == "per_channel" else bool(learned)
+    return value
 
 
 def _checked_epsilon(epsilon, learned):
@@ -435,15 +431,6 @@ def _checked_epsilon(epsilon, learned):
             f"of one such float per channel. Received: epsilon={epsilon!r}. The paper uses 1e-6."
         )
     return tuple(values.tolist()) if values.ndim else float(values)
-
-
-def _checked_jit_compile(jit_compile):
-    if jit_compile is not None and not isinstance(jit_compile, (bool, np.bool_)):
-        raise ValueError(
-            f"`jit_compile` must be None, True or False. Received: jit_compile={jit_compile!r}. "
-            "None leaves it to `model.compile`."
-        )
-    return jit_compile if jit_compile is None else bool(jit_compile)
 
 
 def _axes_and_sizes(layer, input_shape):
