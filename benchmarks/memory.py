@@ -18,8 +18,8 @@ os.environ["KERAS_BACKEND"] = "jax"
 import jax
 import keras
 import numpy as np
-from keras import layers
 from common import RESULTS, SUFFIX, AsWritten, write
+from keras import layers
 from network import resnet20
 
 import keras_frn

@@ -7,9 +7,9 @@ One model for each normalization, all in one process; batch and image sizes chan
 as they do in a session. "first" is the first `train_on_batch` of a size, which traces and
 compiles; the others are `train_on_batch` and `predict_on_batch`, interleaved: the least time, and
 the median over the rounds of the ratio to BatchNormalization + ReLU. "fit" is the wall time of
-the first and of a later epoch of `fit` with 1,000 images in batches of 32, of which the last has 8.
-On TensorFlow once as `fit` does by default on a CPU and once with `jit_compile=True`. Prints tables,
-writes CSV and a plot to `benchmarks/results/`."""
+the first and of a later epoch of `fit` with 1,000 images in batches of 32; the last batch has 8.
+On TensorFlow once as `fit` does by default on a CPU and once with `jit_compile=True`. Prints tables
+and writes CSV and a plot to `benchmarks/results/`."""
 
 import argparse
 import gc
@@ -82,7 +82,7 @@ def data(batch, size):
 
 
 def measure(network, jit_compile, repeats):
-    """A row for each size and normalization."""
+    """A table for each size, with a row for each normalization."""
     models = {
         name: compiled({"resnet20": resnet20, "resnet50": resnet50}[network](make), jit_compile)
         for name, make in {"ReLU alone": lambda: [layers.ReLU()], **normalizations()}.items()
@@ -94,8 +94,8 @@ def measure(network, jit_compile, repeats):
         first = {name: seconds(function) for name, function in train.items()}
         interleaved({**train, **{f"predict {n}": f for n, f in infer.items()}}, 2)
         steps, inference = interleaved(train, repeats), interleaved(infer, repeats)
-        for name in models:
-            yield {
+        yield [
+            {
                 "backend": BACKEND,
                 "jit_compile": jit_compile,
                 "network": network,
@@ -109,31 +109,36 @@ def measure(network, jit_compile, repeats):
                 "inference_ms": 1e3 * min(inference[name]),
                 "inference_of_bn": ratio(inference, name),
             }
+            for name in models
+        ]
 
 
 def measure_fit(jit_compile, epochs=3):
-    """A row for each normalization: the first epoch of a new model, and the least of the others."""
+    """A row for each normalization: first epoch of a new model, least of the later ones."""
     x, y = data(1000, 32)
     models = {n: compiled(resnet20(make), jit_compile) for n, make in normalizations().items()}
     functions = {
         n: lambda m=m: m.fit(x, y, batch_size=32, verbose=0) and None for n, m in models.items()
     }
     times = interleaved(functions, epochs)
-    for name, (first, *later) in times.items():
-        yield {
+    later = {name: t[1:] for name, t in times.items()}
+    return [
+        {
             "backend": BACKEND,
             "jit_compile": jit_compile,
             "network": "resnet20",
             "what": "fit, an epoch of 1,000 images",
             "normalization": name,
-            "first_s": first,
-            "first_of_bn": first / times[BN][0],
-            "step_ms": 1e3 * min(later),
-            "step_of_bn": ratio({n: t[1:] for n, t in times.items()}, name),
+            "first_s": times[name][0],
+            "first_of_bn": times[name][0] / times[BN][0],
+            "step_ms": 1e3 * min(later[name]),
+            "step_of_bn": ratio(later, name),
             "step_of_plain": None,
             "inference_ms": None,
             "inference_of_bn": None,
         }
+        for name in models
+    ]
 
 
 def warm_up(jit_compile):
@@ -162,36 +167,23 @@ def show(rows):
 
 
 def plot(rows, path):
-    """Seconds until the first step has ended and milliseconds a step, largest network measured."""
+    """Seconds until the first step has ended and milliseconds a step, of the largest network."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    network = rows[-1]["network"] if rows[-1]["step_of_plain"] else "resnet50"
-    network = "resnet50" if any(r["network"] == "resnet50" for r in rows) else network
+    rows = [r for r in rows if r["step_of_plain"]]
+    network = rows[-1]["network"]
     what = "{0}x{1}x{1}".format(*SIZES[network][0])
     rows = [r for r in rows if r["network"] == network and r["what"] == what][::-1]
     rows = [r for r in rows if r["normalization"] not in ("ReLU alone", "plain formula")]
-    modes = list(dict.fromkeys(r["jit_compile"] for r in rows))[::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.2 + 1.2 * len(modes)), layout="constrained")
-    titles = ("Wait for the first training step, s", "Each further step, ms")
-    for axis, key, title in zip(axes, ("first_s", "step_ms"), titles, strict=True):
-        for number, mode in enumerate(modes):
-            chosen = [r for r in rows if r["jit_compile"] == mode]
-            places = [i + (len(chosen) + 1) * number for i in range(len(chosen))]
-            colors = ["C1" if "TLU" in r["normalization"] else "C7" for r in chosen]
-            bars = axis.barh(places, [r[key] for r in chosen], color=colors)
-            axis.bar_label(bars, fmt="%.1f" if key == "first_s" else "%.0f", padding=3)
-            if axis is axes[0]:
-                suffix = ", compiled" if mode else ""
-                names = axes[0].get_yticks() if number else []
-                labels = [t.get_text() for t in axes[0].get_yticklabels()] if number else []
-                axes[0].set_yticks(
-                    [*names, *places], [*labels, *(r["normalization"] + suffix for r in chosen)]
-                )
-            else:
-                axis.set_yticks([])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained", sharey=True)
+    panels = (("first_s", "%.1f", "First training step, s"), ("step_ms", "%.0f", "Later steps, ms"))
+    for axis, (key, form, title) in zip(axes, panels, strict=True):
+        colors = ["C1" if "TLU" in r["normalization"] else "0.6" for r in rows]
+        bars = axis.barh([r["normalization"] for r in rows], [r[key] for r in rows], color=colors)
+        axis.bar_label(bars, fmt=form, padding=3)
         axis.set_title(title, fontsize=11)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
@@ -203,31 +195,28 @@ def plot(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=8)
     # JAX compiles whole steps; Keras' torch.compile of one takes minutes.
     modes = {"tensorflow": ["off", "on"], "jax": ["on"], "torch": ["off"]}[BACKEND]
     parser.add_argument("--modes", nargs="+", default=modes, choices=["off", "on"])
     arguments = parser.parse_args()
-    rows = []
-    for jit_compile in (mode == "on" for mode in arguments.modes):
+    for mode in arguments.modes:
+        jit_compile = mode == "on"
         warm_up(jit_compile)
+        rows = []
         for network in arguments.networks:
-            table = []
-            for row in measure(network, jit_compile, arguments.repeats):
-                if table and row["what"] != table[0]["what"]:
-                    show(table)
-                    table = []
-                table.append(row)
-                rows.append(row)
-            show(table)
+            for table in measure(network, jit_compile, arguments.repeats):
+                show(table)
+                rows += table
             keras.backend.clear_session()
             gc.collect()
         if "resnet20" in arguments.networks:
-            table = list(measure_fit(jit_compile))
+            table = measure_fit(jit_compile)
             show(table)
             rows += table
-    write(rows, RESULTS / f"network_{BACKEND}{SUFFIX}.csv")
-    plot(rows, RESULTS / f"network_{BACKEND}{SUFFIX}.png")
+        name = f"network_{BACKEND}{'_compiled' if BACKEND == 'tensorflow' and jit_compile else ''}"
+        write(rows, RESULTS / f"{name}{SUFFIX}.csv")
+        plot(rows, RESULTS / f"{name}{SUFFIX}.png")
 
 
 if __name__ == "__main__":
