@@ -20,8 +20,9 @@ from keras import ops
 from reference import close
 
 from keras_frn import TLU, FilterResponseNormalization
-from keras_frn import _addons_config as configs
-from keras_frn.addons import describe, load_addons_model, load_addons_weights, migrate
+from keras_frn import load_addons_model, load_addons_weights
+from keras_frn.addons.config import Builder
+from keras_frn.addons.migration import migrate
 
 MODELS = Path(__file__).parent / "addons_models"
 FILES = ("model.h5", "model.keras", "saved_model.zip", "legacy_weights.h5", "v3.weights.h5", "ckpt")

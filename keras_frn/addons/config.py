@@ -1,0 +1,288 @@
+"""A model's config as Keras 2 wrote it becomes a Keras 3 model, with our layers for Addons' layers.
+
+Names in a config are looked up among Keras' own classes and in the caller's `custom_objects`.
+Nothing is imported by name, and no code in a config is run.
+"""
+
+import dataclasses
+import inspect
+import warnings
+
+import keras
+import numpy as np
+
+from ..layers import TLU, FilterResponseNormalization
+from .legacy import hard_sigmoid_of_keras2
+from .operators import call_operator
+
+LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
+OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
+_BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
+_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
+_TABLES = ("StringLookup", "IntegerLookup", "TextVectorization")
+_REFUSED = {
+    **dict.fromkeys(_CODE, "holds Python code, which is never run from a file"),
+    **dict.fromkeys(_TABLES, "has a table that is not among its weights"),
+}
+_RENAMED = {
+    ("InputLayer", "batch_input_shape"): "batch_shape",
+    ("LeakyReLU", "alpha"): "negative_slope",
+    ("ThresholdedReLU", "theta"): "threshold",
+}
+# Arguments that Keras 3 has not, and that do not change what is computed.
+_WITHOUT_EFFECT = frozenset(
+    """batch_input_shape batch_size fn fused implementation input_length is_legacy_optimizer
+    jit_compile kernel_initializer key_shape query_shape value_shape""".split()  # noqa: SIM905
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What becomes of a TLU: the axes of its weights, and how many stored values share one."""
+
+    axis: int | tuple = -1
+    positions: int = 1
+
+
+class Builder:
+    """Builds a model from its config; `thresholds` are those of each TLU, in order.
+
+    `tlus` are the TLU layers in order, `members` the layers of each model by its id: the order of
+    the weights in a file is that of the config, and Keras 3 may have the layers in another one.
+    """
+
+    def __init__(self, custom_objects, thresholds=None):
+        self.custom_objects = custom_objects
+        self.functions = {"hard_sigmoid": hard_sigmoid_of_keras2, **custom_objects}
+        self.thresholds = thresholds
+        self.members = {}
+        self.tlus = []
+
+    def model(self, config):
+        """The model of a config, with new weights."""
+        model = self._layer(config)
+        if not isinstance(model, keras.Model) or not model.built:
+            raise ValueError("its config is not that of a built Functional or Sequential model")
+        return model
+
+    def revive(self, value, homes=LAYERS, key=None):
+        """A value in a config, with the objects that it describes, from the modules `homes`."""
+        if isinstance(value, list):
+            return [self.revive(item, homes) for item in value]
+        if isinstance(value, str) and key != "name":
+            return self.functions.get(value, value)
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("class_name")
+        if kind in ("__tuple__", "TensorShape"):
+            return tuple(self.revive(value["items"]))
+        if kind == "__ellipsis__":
+            return Ellipsis
+        if kind in ("__numpy__", "__tensor__") or value.get("type") == "ndarray":
+            array = value.get("config", value)
+            return np.asarray(array["value"], array["dtype"])
+        if kind == "function":
+            return self.revive(value["config"])
+        if kind in ("Policy", "PolicyV1", "DTypePolicy"):
+            return keras.DTypePolicy(value["config"]["name"])
+        if isinstance(kind, str) and "config" in value:
+            return self._layer(value) if homes is LAYERS else self._instance(value, homes)
+        return {k: self.revive(v, homes, k) for k, v in value.items()}
+
+    def _layer(self, data):
+        """A layer, or another object in its config. Errors name the innermost layer."""
+        try:
+            return self._instance(data, LAYERS)
+        except Exception as error:
+            if str(error).startswith("layer ") or not _name(data):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"layer {_name(data)!r} ({data['class_name']}) {message}") from error
+
+    def _instance(self, data, homes):
+        names = [data.get("registered_name"), data["class_name"]]
+        kind, config = data["class_name"].rpartition(">")[2], data["config"]
+        is_of_addons = any(str(name).startswith("Addons>") for name in names)
+        if is_of_addons and kind == "FilterResponseNormalization":
+            config = self._normalization(config)
+            return FilterResponseNormalization(**self._options(FilterResponseNormalization, config))
+        if is_of_addons and kind == "TLU":
+            return self._threshold(config)
+        for name in filter(None, [*names, kind]):
+            custom = keras.saving.get_registered_object(name, self.custom_objects)
+            if custom is not None:
+                return custom.from_config(self.revive(config, homes))
+        if homes is LAYERS and kind in ("Functional", "Model"):
+            return self._functional(config)
+        if homes is LAYERS and kind == "Sequential":
+            return self._sequential(config)
+        if kind.startswith("LossScaleOptimizer"):  # compile() scales the loss where needed
+            return self.revive(config["inner_optimizer"], homes)
+        if kind == "MeanMetricWrapper":
+            kind = "".join(word.title() for word in config["fn"].split("_"))
+        known = "ReLU" if kind == "ThresholdedReLU" else kind
+        cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
+        if cls is None or kind in _REFUSED or is_of_addons:
+            reason = _REFUSED.get(kind, "is not known to Keras 3")
+            remedy = "" if kind == "Lambda" else f", or pass custom_objects={{{kind!r}: its class}}"
+            raise ValueError(f"{reason}. {_BY_CODE}{remedy}")
+        config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
+        return cls(**self._options(cls, config, homes))
+
+    def _options(self, cls, config, homes=LAYERS):
+        """The arguments of a class of Keras 3, from those of Keras 2."""
+        options, accepted = self.revive(config, homes), _parameters(cls)
+        if options.get("reduction") == "auto":
+            options["reduction"] = "sum_over_batch_size"
+        if isinstance(options.get("axis"), list) and len(options["axis"]) == 1:
+            options["axis"] = options["axis"][0]
+        if options.get("decay") and isinstance(options["learning_rate"], float):
+            rate, decay = options["learning_rate"], options.pop("decay")
+            options["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(rate, 1, decay)
+        for key in options.keys() - accepted.keys():
+            value = options.pop(key)
+            if key not in _WITHOUT_EFFECT and value not in (None, False, 1):
+                raise ValueError(f"has {key}={value!r}, which Keras 3 has not. {_BY_CODE}")
+        return {k: v for k, v in options.items() if (k, v) != ("name", None)}
+
+    # The layers of Addons
+
+    def _normalization(self, config):
+        """The config of our layer."""
+        if config["axis"] != [1, 2]:
+            raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
+        epsilon = abs(config["epsilon"])
+        if epsilon == 0 and not config["learned_epsilon"]:
+            epsilon = float(np.finfo("float32").tiny)
+            if self.thresholds is None:  # a model with a TLU is built a second time
+                warnings.warn(
+                    f"Layer {config['name']!r} has epsilon=0, which gives NaN for a channel of "
+                    f"zeros. It became {epsilon:.3g}, which keeps all other outputs.",
+                    stacklevel=2,
+                )
+        keys = ("gamma_constraint", "beta_constraint")
+        constraints = {key: _of_channels(config.get(key)) for key in keys}
+        return {**config, **constraints, "axis": -1, "epsilon": epsilon}
+
+    def _threshold(self, config):
+        choice = Thresholds() if self.thresholds is None else self.thresholds[len(self.tlus)]
+        options = self._options(TLU, config)
+        for key in ("tau_regularizer", "alpha_regularizer"):
+            if choice.positions > 1 and options.get(key) is not None:
+                factors = options[key].get_config().items()
+                options[key] = type(options[key])(**{k: choice.positions * v for k, v in factors})
+        self.tlus.append(TLU(axis=choice.axis, **options))
+        return self.tlus[-1]
+
+    # Models
+
+    def _sequential(self, config):
+        layers = [self._layer(data) for data in config["layers"]]
+        shape = config["layers"][0]["config"].get("batch_input_shape") if layers else None
+        if shape is not None and not isinstance(layers[0], keras.layers.InputLayer):
+            layers.insert(0, keras.Input(batch_shape=self.revive(shape)))
+        model = keras.Sequential(layers, name=config.get("name"))
+        if not model.built and config.get("build_input_shape"):
+            model.build(tuple(self.revive(config["build_input_shape"])))
+        self.members[id(model)] = model.layers
+        return model
+
+    def _functional(self, config):
+        layers, calls, tensors = {}, {}, {}
+        for data in config["layers"]:
+            is_operator = data["class_name"] in ("TFOpLambda", "SlicingOpLambda")
+            layer = data["config"]["function"] if is_operator else self._layer(data)
+            layers[_name(data)] = layer
+            if isinstance(layer, keras.layers.InputLayer):
+                tensors[_name(data), 0] = [layer.output]
+            first = int(isinstance(layer, keras.Model))  # its definition is its first call
+            calls.update({(_name(data), i): c for i, c in enumerate(data["inbound_nodes"], first)})
+        while calls:
+            ready = {}
+            for (name, number), call in calls.items():
+                try:
+                    ready[name, number] = inputs, options = self._inputs(call, tensors)
+                except KeyError:  # a tensor that a later call gives
+                    continue
+                if isinstance(layers[name], str):
+                    own_name = name if number == 0 else None
+                    y = call_operator(layers[name], own_name, inputs, options)
+                else:
+                    y = _call(layers[name], inputs, options)
+                tensors[name, number] = keras.tree.flatten(y)
+            if not ready:
+                raise ValueError(f"its calls {sorted(calls)} depend on each other or on nothing")
+            calls = {key: call for key, call in calls.items() if key not in ready}
+        inputs, outputs = (
+            self._inputs(config[key], tensors)[0] for key in ("input_layers", "output_layers")
+        )
+        model = keras.Model(inputs, outputs, name=config.get("name"))
+        if config.get("trainable") is False:
+            model.trainable = False
+        self.members[id(model)] = [v for v in layers.values() if isinstance(v, keras.Layer)]
+        return model
+
+    def _inputs(self, call, tensors):
+        """The inputs and the options of a call: `[layer, call, output, options]` in any nesting."""
+        options = {}
+
+        def resolve(value):
+            if isinstance(value, list) and _is_reference(value):
+                name, number, item, *rest = value
+                for key, option in (rest[0] if rest else {}).items():
+                    if option is not None:
+                        options[key] = resolve(option)
+                return (
+                    self.revive(item) if name == "_CONSTANT_VALUE" else tensors[name, number][item]
+                )
+            if isinstance(value, list):
+                return [resolve(item) for item in value]
+            if isinstance(value, dict) and "class_name" not in value:
+                return {key: resolve(item) for key, item in value.items()}
+            return self.revive(value)
+
+        inputs = resolve(call)
+        return (inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else inputs), options
+
+
+def _name(data):
+    return data.get("name") or data["config"].get("name")
+
+
+def _is_reference(value):
+    kinds = (str, int, object, dict)
+    return len(value) in (3, 4) and all(map(isinstance, value, kinds))
+
+
+def _call(layer, inputs, options):
+    is_recurrent = isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
+    if is_recurrent and isinstance(inputs, list):
+        inputs, *options["initial_state"] = inputs
+    return layer(inputs, **options)
+
+
+def _parameters(cls):
+    """The parameters that a class takes, those of its bases where it passes them on, by name."""
+    parameters = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            own = inspect.signature(base.__init__).parameters
+            parameters = {**own, **parameters}
+            if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+                break
+    return parameters
+
+
+def _of_channels(constraint):
+    """A constraint of a (1, 1, 1, C) weight, for a (C,) weight."""
+    if not isinstance(constraint, dict):
+        return constraint
+    kind, config = constraint["class_name"].rpartition(">")[2], constraint["config"]
+    if kind == "RadialConstraint":  # of a 1x1 kernel: nothing
+        return None
+    if kind not in ("MaxNorm", "MinMaxNorm", "UnitNorm"):
+        return constraint
+    axes = config.get("axis", 0)
+    axes = axes.get("items") if isinstance(axes, dict) else axes
+    over_channels = axes is None or bool({3, -1} & set(np.ravel(axes).tolist()))
+    return {**constraint, "config": {**config, "axis": [0] if over_channels else []}}

@@ -1,0 +1,173 @@
+"""Models and weights saved by TensorFlow Addons, opened in Keras 3."""
+
+import contextlib
+import os
+import warnings
+
+import keras
+import numpy as np
+
+from . import files
+from .config import OPTIMIZERS, Builder, Thresholds
+from .weights import is_uniform, match
+
+_TAU = ("auto", "per_channel", "per_position", "per_channel_mean")
+_ELEMENTWISE = ("NoneType", "NonNeg", "L1", "L2", "L1L2")
+
+
+def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objects=None):
+    """Opens a model that TensorFlow Addons saved, as an ordinary Keras 3 model.
+
+    `tfa.layers.FilterResponseNormalization` and `tfa.layers.TLU` become our layers. Outputs,
+    gradients, regularization losses, layer names and trainable weights stay what they were. The
+    model is compiled as it was, with an optimizer that starts fresh. Nothing in the file is
+    executed or unpickled.
+
+    Args:
+        path: An `.h5` or `.keras` file, a SavedModel folder or a zip of one, or a `.json` config.
+        weights: A weights file or a checkpoint, for a `.json` config. Defaults to None, the weights
+            in `path`.
+        tau: What becomes of the thresholds of TLU, which Addons kept per position. `"auto"` makes
+            them one per channel where nothing is lost: all positions have the same value, and no
+            constraint or regularizer tells them apart. `"per_position"` keeps all, `"per_channel"`
+            refuses a layer whose positions differ, `"per_channel_mean"` averages it. Defaults to
+            `"auto"`.
+        compile: Whether to compile the model as it was. Defaults to True.
+        custom_objects: Dict of names and classes or functions that the config uses and Keras has
+            not. Defaults to None.
+
+    Returns:
+        A `keras.Model`.
+
+    Example:
+
+    >>> model = keras_frn.load_addons_model("old.h5")  # doctest: +SKIP
+    >>> model.save("new.keras")  # doctest: +SKIP
+
+    Raises:
+        ValueError: if the file is damaged, was not saved by Keras 2, or holds a layer that cannot
+            be read; the message has the layer's name and what to do.
+    """
+    if tau not in _TAU:
+        raise ValueError(
+            f"`tau` must be one of {_TAU}. Received: tau={tau!r}. Use 'auto' to lose nothing."
+        )
+    custom_objects = custom_objects or {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(keras.saving.custom_object_scope(custom_objects))
+        saved = stack.enter_context(files.opened(path))
+        if saved.config is None:
+            raise ValueError(
+                f"`path` must hold a model with its config. Received: path={os.fspath(path)!r}, "
+                "which has weights only. Build the model in code with keras_frn layers and call "
+                "keras_frn.load_addons_weights, or pass its JSON config as `path` and this file as "
+                "`weights`."
+            )
+        if weights is not None:
+            saved.weights = stack.enter_context(files.opened(weights, "weights")).weights
+        if saved.weights is None:
+            raise ValueError(
+                f"`weights` must be given with a JSON config. Received: weights={weights!r}. Pass "
+                "the weights file or checkpoint that belongs to it."
+            )
+        with files.explained(path):
+            model = _model(saved, tau, custom_objects)
+        if compile and saved.training:
+            _compile(model, saved.training, Builder(custom_objects))
+    return model
+
+
+def load_addons_weights(model, path, tau="auto"):
+    """Loads weights that TensorFlow Addons saved into a model built with our layers.
+
+    The model has the layers of the old one in the same order, with
+    `keras_frn.FilterResponseNormalization()` for `tfa.layers.FilterResponseNormalization()` and
+    `keras_frn.TLU()` (one threshold per channel) or `keras_frn.TLU(axis=(1, 2, 3))` (one per
+    position) for `tfa.layers.TLU()`. All weights are found and checked before the first is changed.
+    The state of an optimizer is not read.
+
+    Args:
+        model: A built Functional or Sequential `keras.Model`.
+        path: A weights file (`.h5`, `.weights.h5`), a TensorFlow checkpoint (its prefix, its
+            `.index` file or its folder), or a complete model, whose config is not looked at.
+        tau: `"per_channel_mean"` averages thresholds that differ from position to position where
+            the model has one per channel; `"auto"` refuses. Defaults to `"auto"`.
+
+    Example:
+
+    >>> keras_frn.load_addons_weights(model, "checkpoints/epoch_9")  # doctest: +SKIP
+
+    Raises:
+        ValueError: if the model is not built, or the file does not fit it.
+    """
+    if tau not in ("auto", "per_channel_mean"):
+        raise ValueError(
+            "`tau` must be 'auto' or 'per_channel_mean'. Received: "
+            f"tau={tau!r}. Choose TLU(axis=...) in the model."
+        )
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"`model` must be a built keras.Model. Received: model={model!r}. "
+            "Give it an input shape, or call it once."
+        )
+    with files.opened(path) as saved, files.explained(path):
+        _assign(match(model, {}, saved.weights), tau)
+
+
+def _model(saved, tau, custom_objects):
+    builder = Builder(custom_objects)
+    model = builder.model(saved.config)
+    pairs = match(model, builder.members, saved.weights)
+    if builder.tlus:  # only their arrays tell whether positions differ
+        thresholds = [_thresholds(layer, pairs, tau) for layer in builder.tlus]
+        builder = Builder(custom_objects, thresholds)
+        model = builder.model(saved.config)
+        pairs = match(model, builder.members, saved.weights)
+    _assign(pairs, tau)
+    return model
+
+
+def _thresholds(layer, pairs, tau):
+    """What takes the place of a stored TLU."""
+    arrays = [np.asarray(pair.array) for pair in pairs if pair.layer is layer]
+    shape = arrays[0].shape
+    options = [f"{w.name}_{o}" for w in layer.weights for o in ("regularizer", "constraint")]
+    is_elementwise = all(type(getattr(layer, o)).__name__ in _ELEMENTWISE for o in options)
+    loses_nothing = is_elementwise and all(map(is_uniform, arrays))
+    if len(shape) > 1 and (tau == "per_position" or (tau == "auto" and not loses_nothing)):
+        return Thresholds(axis=tuple(range(1, 1 + len(shape))))
+    if len(shape) > 1 and not is_elementwise:
+        raise ValueError(
+            f"layer {layer.name!r} has a constraint or regularizer that needs its positions: "
+            "pass tau='auto' or tau='per_position'"
+        )
+    return Thresholds(positions=int(np.prod(shape[:-1])))
+
+
+def _assign(pairs, tau):
+    values = [pair.value(tau) for pair in pairs]
+    for pair, value in zip(pairs, values, strict=True):
+        pair.weight.assign(value)
+    for layer in {id(pair.layer): pair.layer for pair in pairs}.values():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # takes the statistics over from the weights
+
+
+def _compile(model, training, builder):
+    """Compiles the model as it was, where Keras 3 can."""
+    try:
+        optimizer = training.get("optimizer_config", training.get("optimizer"))
+        model.compile(
+            builder.revive(optimizer, OPTIMIZERS),
+            builder.revive(training.get("loss"), (keras.losses,)),
+            training.get("loss_weights"),
+            builder.revive(training.get("metrics"), (keras.metrics,)),
+            builder.revive(training.get("weighted_metrics"), (keras.metrics,)),
+        )
+        # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
+        model.optimizer.build(model.trainable_variables)
+        message = f"The optimizer {model.optimizer.name!r} starts fresh: its state is not read."
+    except Exception as error:
+        model.compiled = False
+        message = f"The model is not compiled, as Keras 3 refuses how it was: {error}"
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,198 @@
+"""Which array of a file belongs to which weight of a model."""
+
+import collections
+import dataclasses
+import re
+
+import h5py
+import keras
+import numpy as np
+
+from ..layers import TLU, FilterResponseNormalization
+from . import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """The place of a layer in a list: among those of its class, and among those with weights."""
+
+    kind: str
+    number_in_kind: int
+    number: int
+    is_last: bool
+
+
+@dataclasses.dataclass
+class Pair:
+    """A weight of the model, the way to it in the tree of objects, and its array in the file."""
+
+    layer: keras.Layer
+    weight: keras.Variable
+    path: tuple
+    array: object = None
+
+    def value(self, tau="auto"):
+        """The array in the shape of the weight."""
+        shape, given = tuple(self.weight.shape), tuple(self.array.shape)
+        is_threshold = isinstance(self.layer, TLU) and given[-1:] == shape
+        is_ours = isinstance(self.layer, FilterResponseNormalization)
+        if given != shape and not is_threshold and not (is_ours and given == (1, 1, 1, *shape)):
+            raise ValueError(f"layer {self.layer.name!r} has a weight {shape}, the file {given}")
+        array = np.asarray(self.array)
+        if given == shape or is_ours:
+            return array.reshape(shape)
+        rows = array.reshape(-1, *shape)
+        if is_uniform(array):
+            return rows[0]
+        if tau == "per_channel_mean":
+            return rows.mean(axis=0, dtype="float64").astype(array.dtype)
+        raise ValueError(
+            f"weight {self.weight.path!r} has one value per channel, and the file another one for "
+            "each position: keep them with tau='per_position' (in a model of your own, "
+            "TLU(axis=...)), or average them with tau='per_channel_mean'"
+        )
+
+
+def is_uniform(array):
+    """Whether an array `(*positions, channels)` is the same at every position."""
+    rows = np.asarray(array).reshape(-1, array.shape[-1])
+    return np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True)
+
+
+def match(model, members, stored):
+    """A `Pair` for every weight of a model; `members` as in `config.Builder`."""
+    if isinstance(stored, dict):
+        return _match_lists(model, members, stored)
+    pairs = _pairs(model, members)
+    lookup = _in_hdf5 if isinstance(stored, h5py.Group) else _in_graph
+    for pair in pairs:
+        try:
+            pair.array = lookup(stored, pair)
+        except LookupError as error:
+            raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
+    if lookup is _in_hdf5:
+        paths = []
+        stored.visit(paths.append)
+        paths = [p for p in paths if "/vars/" in p and p.startswith(("layers/", "_layer_ch"))]
+        if len(paths) != len(pairs):
+            raise ValueError(f"it has {len(paths)} weights in its layers, the model {len(pairs)}")
+    return pairs
+
+
+def _pairs(layer, members, path=()):
+    """A `Pair` without an array for each weight of a layer, in the order of Keras 2."""
+    if isinstance(layer, keras.Model):
+        inside = [_in_list(members.get(id(layer), layer.layers), members, path)]
+    else:
+        # Under PyTorch a layer is a torch.nn.Module, which keeps the modules in it apart.
+        values = {**vars(layer), **vars(layer).get("_modules", {})}
+        inside = [_in_value(v, members, (*path, k)) for k, v in values.items() if k != "_layers"]
+    inside = {id(pair.weight): pair for pairs in inside for pair in pairs}
+    own = [weight for weight in layer.weights if id(weight) not in inside]
+    if isinstance(layer, FilterResponseNormalization):
+        own.sort(key=lambda weight: weight is not layer.learned_epsilon)
+    return [Pair(layer, w, (*path, i)) for i, w in enumerate(own)] + list(inside.values())
+
+
+def _in_value(value, members, path):
+    if isinstance(value, keras.Layer):
+        return _pairs(value, members, path)
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(v, keras.Layer) for v in value)
+    return _in_list(value, members, path) if is_list else []
+
+
+def _in_list(layers, members, path):
+    pairs, counts, number = [], collections.Counter(), 0
+    last = max((i for i, layer in enumerate(layers) if layer.weights), default=0)
+    for i, layer in enumerate(layers):
+        kind = "Functional" if isinstance(layer, keras.Model) else type(layer).__name__
+        kind = "Sequential" if isinstance(layer, keras.Sequential) else kind
+        place = Place(kind, counts[kind], number, i == last)
+        pairs += _pairs(layer, members, (*path, place))
+        counts[kind] += 1
+        number += bool(layer.weights)
+    return pairs
+
+
+# Lists: the .h5 layout
+
+
+def _match_lists(model, members, lists):
+    layers = [v for v in members.get(id(model), model.layers) if v.weights]
+    lists = {name: stored for name, stored in lists.items() if stored}
+    if set(lists) == {None}:
+        return _match_list(model.name, _pairs(model, members), lists[None])
+    if len(layers) != len(lists):
+        raise ValueError(
+            f"it holds weights for {len(lists)} layers, the model has {len(layers)} with weights"
+        )
+    if {layer.name for layer in layers} == set(lists):
+        layers.sort(key=lambda layer: list(lists).index(layer.name))
+    pairs = []
+    for layer, stored in zip(layers, lists.values(), strict=True):
+        own = _pairs(layer, members)
+        own.sort(key=lambda pair: not pair.weight.trainable)  # as Keras 2 wrote them
+        pairs += _match_list(layer.name, own, stored)
+    return pairs
+
+
+def _match_list(name, pairs, stored):
+    """Matches by the names of weights and their layers, or by order where Keras 3 renamed them."""
+    ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
+    theirs = [(array.layer, array.name) for array in stored]
+    if len(set(theirs)) == len(theirs) and set(ours) == set(theirs):
+        stored = [stored[theirs.index(key)] for key in ours]
+    elif len(ours) != len(theirs) or _are_swapped([w for _, w in ours], [w for _, w in theirs]):
+        raise ValueError(
+            f"layer {name!r} has the weights {ours}, the file {theirs}: give the layers the names "
+            "and the order that they have in the file"
+        )
+    return [dataclasses.replace(p, array=s.array) for p, s in zip(pairs, stored, strict=True)]
+
+
+def _are_swapped(ours, theirs):
+    return ours != theirs and sorted(ours) == sorted(theirs)
+
+
+# Trees: the layouts of .keras files and of checkpoints
+
+
+def _in_hdf5(group, pair):
+    for part in pair.path[:-1]:
+        if isinstance(part, str):
+            group = files.member(group, part, h5py.Group)
+            continue
+        containers = [n for n in ("layers", "_layer_checkpoint_dependencies") if n in group]
+        if containers:
+            group = files.member(group, containers[0], h5py.Group)
+        # Groups are named by class, as conv2d, conv2d_2, ...: counted, with gaps.
+        kind = _snake_case(part.kind)
+        numbers = [re.fullmatch(rf"{kind}(?:_(\d+))?", name) for name in group]
+        numbers = sorted((int(found[1] or 0), found[0]) for found in numbers if found)
+        group = files.member(group, numbers[part.number_in_kind][1], h5py.Group)
+    return files.member(group, f"vars/{pair.path[-1]}", h5py.Dataset)
+
+
+def _snake_case(name):
+    """How Keras names a class in the files."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _in_graph(graph, pair):
+    node = 0
+    for part in pair.path[:-1]:
+        attributes, name = graph.attributes(node), part
+        if isinstance(part, Place):
+            prefix = "layer_with_weights-" if "layer_with_weights-0" in attributes else ""
+            name = f"{prefix}{part.number}"
+            if part.is_last and f"{prefix}{part.number + 1}" in attributes:
+                raise ValueError("it has more layers with weights than the model")
+        node = attributes[name]
+    stored = {k: v for k, v in graph.attributes(node).items() if graph.nodes[v].attributes}
+    if pair.weight.name in stored:
+        return graph.array(stored[pair.weight.name])
+    # Keras 3 has given some weights other names: the rest goes by order.
+    names = [weight.name for weight in pair.layer.weights]
+    rest = [number for name, number in stored.items() if name not in names]
+    return graph.array(rest[[name for name in names if name not in stored].index(pair.weight.name)])
