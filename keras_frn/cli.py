@@ -90,11 +90,14 @@ def _demo(arguments):
 
 
 def _inspect(arguments):
+    _print_layers(_load(arguments.model))
+
+
+def _print_layers(model):
     import keras
 
     from .layers import TLU, FilterResponseNormalization
 
-    model = _load(arguments.model)
     layers = [
         layer
         for layer in model._flatten_layers(include_self=False)
@@ -136,26 +139,35 @@ def _convert(arguments):
         return_report=True,
     )
     print(report)
+    _write(model, output)
+
+
+def _migrate(arguments):
+    from .addons.loading import load_addons_model
+
+    output, inputs = _new_keras_file(arguments.output), _array(arguments.check)
+    model = load_addons_model(arguments.model, arguments.weights, arguments.tau)
+    _print_layers(model)
+    if inputs is not None:
+        print(model.predict(inputs, verbose=0))
+    _write(model, output)
+
+
+def _write(model, output):
+    """Writes a model, which appears when it has been read again and its weights are the same."""
+    import numpy as np
+
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.keras")
     try:
         model.save(temporary)
+        written = _load(temporary).get_weights()
+        for weight, value in zip(model.get_weights(), written, strict=True):
+            if not np.array_equal(weight, value, equal_nan=True):
+                raise ValueError(f"{output}: a weight was not written as it is. Nothing is left.")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {output}")
-
-
-def _migrate(arguments):
-    from .addons import migrate
-
-    inputs = _array(arguments.check)
-    model, found = migrate(
-        arguments.model, arguments.output, weights=arguments.weights, tau=arguments.tau
-    )
-    print("\n".join(found))
-    if inputs is not None:
-        print(model.predict(inputs, verbose=0))
-    print(f"wrote {arguments.output}")
 
 
 def _load(path):

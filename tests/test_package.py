@@ -11,7 +11,7 @@ from backends import BACKEND
 import keras_frn
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(Path(keras_frn.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(keras_frn.__file__).parent.rglob("*.py"))
 HEAVY = {"tensorflow", "jax", "torch", "sklearn", "matplotlib", "ai_edge_litert"}
 
 

@@ -6,7 +6,7 @@ Nothing is imported by name, and no code in a config is run.
 
 import dataclasses
 import inspect
-import warnings
+import itertools
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ _BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.loa
 _CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 _TABLES = ("StringLookup", "IntegerLookup", "TextVectorization")
 _REFUSED = {
-    **dict.fromkeys(_CODE, "holds Python code, which is never run from a file"),
+    **dict.fromkeys(_CODE, "holds code, which is never run from a file"),
     **dict.fromkeys(_TABLES, "has a table that is not among its weights"),
 }
 _RENAMED = {
@@ -34,6 +34,10 @@ _WITHOUT_EFFECT = frozenset(
     """batch_input_shape batch_size fn fused implementation input_length is_legacy_optimizer
     jit_compile kernel_initializer key_shape query_shape value_shape""".split()  # noqa: SIM905
 )
+
+
+class _NamedError(ValueError):
+    """An error that says which layer it is about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +55,13 @@ class Builder:
     the weights in a file is that of the config, and Keras 3 may have the layers in another one.
     """
 
-    def __init__(self, custom_objects, thresholds=None):
-        self.custom_objects = custom_objects
-        self.functions = {"hard_sigmoid": hard_sigmoid_of_keras2, **custom_objects}
-        self.thresholds = thresholds
-        self.members = {}
-        self.tlus = []
+    def __init__(self, thresholds=None):
+        self.thresholds = iter(thresholds or itertools.repeat(Thresholds()))
+        self.members, self.tlus = {}, []
 
     def model(self, config):
         """The model of a config, with new weights."""
-        model = self._layer(config)
+        model = self.revive(config)
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError("its config is not that of a built Functional or Sequential model")
         return model
@@ -70,7 +71,8 @@ class Builder:
         if isinstance(value, list):
             return [self.revive(item, homes) for item in value]
         if isinstance(value, str) and key != "name":
-            return self.functions.get(value, value)
+            functions = {"hard_sigmoid": hard_sigmoid_of_keras2}
+            return keras.saving.get_registered_object(value, functions) or value
         if not isinstance(value, dict):
             return value
         kind = value.get("class_name")
@@ -85,31 +87,26 @@ class Builder:
             return self.revive(value["config"])
         if kind in ("Policy", "PolicyV1", "DTypePolicy"):
             return keras.DTypePolicy(value["config"]["name"])
-        if isinstance(kind, str) and "config" in value:
-            return self._layer(value) if homes is LAYERS else self._instance(value, homes)
-        return {k: self.revive(v, homes, k) for k, v in value.items()}
-
-    def _layer(self, data):
-        """A layer, or another object in its config. Errors name the innermost layer."""
+        if not isinstance(kind, str) or "config" not in value:
+            return {k: self.revive(v, homes, k) for k, v in value.items()}
         try:
-            return self._instance(data, LAYERS)
+            return self._instance(value, homes)
+        except _NamedError:
+            raise
         except Exception as error:
-            if str(error).startswith("layer ") or not _name(data):
-                raise
             message = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"layer {_name(data)!r} ({data['class_name']}) {message}") from error
+            raise _NamedError(f"{kind} {_name(value)!r} {message}") from error
 
     def _instance(self, data, homes):
         names = [data.get("registered_name"), data["class_name"]]
         kind, config = data["class_name"].rpartition(">")[2], data["config"]
         is_of_addons = any(str(name).startswith("Addons>") for name in names)
         if is_of_addons and kind == "FilterResponseNormalization":
-            config = self._normalization(config)
-            return FilterResponseNormalization(**self._options(FilterResponseNormalization, config))
+            return self._normalization(config)
         if is_of_addons and kind == "TLU":
             return self._threshold(config)
         for name in filter(None, [*names, kind]):
-            custom = keras.saving.get_registered_object(name, self.custom_objects)
+            custom = keras.saving.get_registered_object(name)
             if custom is not None:
                 return custom.from_config(self.revive(config, homes))
         if homes is LAYERS and kind in ("Functional", "Model"):
@@ -123,7 +120,7 @@ class Builder:
         known = "ReLU" if kind == "ThresholdedReLU" else kind
         cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
         if cls is None or kind in _REFUSED or is_of_addons:
-            reason = _REFUSED.get(kind, "is not known to Keras 3")
+            reason = _REFUSED.get(kind, "is not in Keras 3")
             remedy = "" if kind == "Lambda" else f", or pass custom_objects={{{kind!r}: its class}}"
             raise ValueError(f"{reason}. {_BY_CODE}{remedy}")
         config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
@@ -141,32 +138,25 @@ class Builder:
             options["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(rate, 1, decay)
         for key in options.keys() - accepted.keys():
             value = options.pop(key)
-            if key not in _WITHOUT_EFFECT and value not in (None, False, 1):
+            if key not in _WITHOUT_EFFECT and (value is True or value not in (None, False, 1)):
                 raise ValueError(f"has {key}={value!r}, which Keras 3 has not. {_BY_CODE}")
         return {k: v for k, v in options.items() if (k, v) != ("name", None)}
 
     # The layers of Addons
 
     def _normalization(self, config):
-        """The config of our layer."""
         if config["axis"] != [1, 2]:
             raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
-        epsilon = abs(config["epsilon"])
-        if epsilon == 0 and not config["learned_epsilon"]:
-            epsilon = float(np.finfo("float32").tiny)
-            if self.thresholds is None:  # a model with a TLU is built a second time
-                warnings.warn(
-                    f"Layer {config['name']!r} has epsilon=0, which gives NaN for a channel of "
-                    f"zeros. It became {epsilon:.3g}, which keeps all other outputs.",
-                    stacklevel=2,
-                )
-        keys = ("gamma_constraint", "beta_constraint")
-        constraints = {key: _of_channels(config.get(key)) for key in keys}
-        return {**config, **constraints, "axis": -1, "epsilon": epsilon}
+        options = {**config, "axis": -1, "epsilon": abs(config["epsilon"])}
+        if options["epsilon"] == 0 and not config["learned_epsilon"]:
+            options["epsilon"] = float(np.finfo("float32").tiny)  # NaN for zeros only, in Addons
+        for key in ("gamma_constraint", "beta_constraint"):
+            options[key] = _of_channels(config.get(key))
+        cls = FilterResponseNormalization
+        return cls(**self._options(cls, options))
 
     def _threshold(self, config):
-        choice = Thresholds() if self.thresholds is None else self.thresholds[len(self.tlus)]
-        options = self._options(TLU, config)
+        choice, options = next(self.thresholds), self._options(TLU, config)
         for key in ("tau_regularizer", "alpha_regularizer"):
             if choice.positions > 1 and options.get(key) is not None:
                 factors = options[key].get_config().items()
@@ -177,7 +167,7 @@ class Builder:
     # Models
 
     def _sequential(self, config):
-        layers = [self._layer(data) for data in config["layers"]]
+        layers = [self.revive(data) for data in config["layers"]]
         shape = config["layers"][0]["config"].get("batch_input_shape") if layers else None
         if shape is not None and not isinstance(layers[0], keras.layers.InputLayer):
             layers.insert(0, keras.Input(batch_shape=self.revive(shape)))
@@ -191,38 +181,31 @@ class Builder:
         layers, calls, tensors = {}, {}, {}
         for data in config["layers"]:
             is_operator = data["class_name"] in ("TFOpLambda", "SlicingOpLambda")
-            layer = data["config"]["function"] if is_operator else self._layer(data)
+            layer = data["config"]["function"] if is_operator else self.revive(data)
             layers[_name(data)] = layer
             if isinstance(layer, keras.layers.InputLayer):
                 tensors[_name(data), 0] = [layer.output]
             first = int(isinstance(layer, keras.Model))  # its definition is its first call
             calls.update({(_name(data), i): c for i, c in enumerate(data["inbound_nodes"], first)})
-        while calls:
-            ready = {}
-            for (name, number), call in calls.items():
-                try:
-                    ready[name, number] = inputs, options = self._inputs(call, tensors)
-                except KeyError:  # a tensor that a later call gives
-                    continue
-                if isinstance(layers[name], str):
-                    own_name = name if number == 0 else None
-                    y = call_operator(layers[name], own_name, inputs, options)
-                else:
-                    y = _call(layers[name], inputs, options)
+
+        def outputs_of(name, number):
+            if (name, number) not in tensors:
+                inputs, options = self._inputs(calls[name, number], outputs_of)
+                y = _call(layers[name], name if number == 0 else None, inputs, options)
                 tensors[name, number] = keras.tree.flatten(y)
-            if not ready:
-                raise ValueError(f"its calls {sorted(calls)} depend on each other or on nothing")
-            calls = {key: call for key, call in calls.items() if key not in ready}
-        inputs, outputs = (
-            self._inputs(config[key], tensors)[0] for key in ("input_layers", "output_layers")
-        )
+            return tensors[name, number]
+
+        for call in calls:  # in the order of the file, so that the recursion is never deep
+            outputs_of(*call)
+        inputs, _ = self._inputs(config["input_layers"], outputs_of)
+        outputs, _ = self._inputs(config["output_layers"], outputs_of)
         model = keras.Model(inputs, outputs, name=config.get("name"))
         if config.get("trainable") is False:
             model.trainable = False
         self.members[id(model)] = [v for v in layers.values() if isinstance(v, keras.Layer)]
         return model
 
-    def _inputs(self, call, tensors):
+    def _inputs(self, call, outputs_of):
         """The inputs and the options of a call: `[layer, call, output, options]` in any nesting."""
         options = {}
 
@@ -232,9 +215,8 @@ class Builder:
                 for key, option in (rest[0] if rest else {}).items():
                     if option is not None:
                         options[key] = resolve(option)
-                return (
-                    self.revive(item) if name == "_CONSTANT_VALUE" else tensors[name, number][item]
-                )
+                is_constant = name == "_CONSTANT_VALUE"
+                return self.revive(item) if is_constant else outputs_of(name, number)[item]
             if isinstance(value, list):
                 return [resolve(item) for item in value]
             if isinstance(value, dict) and "class_name" not in value:
@@ -254,7 +236,9 @@ def _is_reference(value):
     return len(value) in (3, 4) and all(map(isinstance, value, kinds))
 
 
-def _call(layer, inputs, options):
+def _call(layer, name, inputs, options):
+    if isinstance(layer, str):
+        return call_operator(layer, name, inputs, options)
     is_recurrent = isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
     if is_recurrent and isinstance(inputs, list):
         inputs, *options["initial_state"] = inputs
@@ -278,8 +262,6 @@ def _of_channels(constraint):
     if not isinstance(constraint, dict):
         return constraint
     kind, config = constraint["class_name"].rpartition(">")[2], constraint["config"]
-    if kind == "RadialConstraint":  # of a 1x1 kernel: nothing
-        return None
     if kind not in ("MaxNorm", "MinMaxNorm", "UnitNorm"):
         return constraint
     axes = config.get("axis", 0)

@@ -16,25 +16,41 @@ import h5py
 
 
 @dataclasses.dataclass
-class Stored:
-    """An array in a file. `layer` and `name` say whose it is, where the file says so."""
-
-    array: object
-    layer: str | None = None
-    name: str | None = None
-
-
-@dataclasses.dataclass
 class Saved:
     """A file: its config, how the model was compiled, and its weights; None where it has none.
 
-    The weights are a dict from the name of a layer to its list of `Stored` (the .h5 layout; the one
-    name is None in an exported model, which has one list), or the root of a tree of objects.
+    The weights are a dict from the names of layers to lists of `Named` arrays (the .h5 layout; an
+    exported model has one list, of None), the root group of a .keras file, or a `Graph`.
     """
 
     config: dict | None = None
     training: dict | None = None
     weights: object = None
+
+
+@dataclasses.dataclass
+class Named:
+    """An array with the name of its layer and its own."""
+
+    layer: str | None
+    name: str
+    array: object
+
+
+@dataclasses.dataclass
+class Graph:
+    """The objects of a checkpoint, from the root 0: the keys of its arrays are not stable."""
+
+    nodes: list
+    reader: object
+
+    def attributes(self, number):
+        """Dict from the name of an attribute to the number of its object."""
+        return {child.local_name: child.node_id for child in self.nodes[number].children}
+
+    def array(self, number):
+        """The array of a variable."""
+        return self.reader.get_tensor(self.nodes[number].attributes[0].checkpoint_key)
 
 
 @contextlib.contextmanager
@@ -61,18 +77,15 @@ def explained(path, name="path", remedy=""):
 
 def _open(path, stack):
     if path.is_dir():
-        if (path / "saved_model.pb").is_file():
-            return _saved_model(path)
-        return _checkpoint(_newest_checkpoint(path))
-    if path.suffix == ".index":
-        return _checkpoint(path.with_suffix(""))
+        is_model = (path / "saved_model.pb").is_file()
+        return _saved_model(path) if is_model else _checkpoint(path)
+    if path.suffix == ".index" or path.with_name(path.name + ".index").is_file():
+        return _checkpoint(os.fspath(path).removesuffix(".index"))
     if not path.exists():
-        if path.with_name(path.name + ".index").is_file():
-            return _checkpoint(path)
         raise ValueError("there is no such file")
     with path.open("rb") as file:
-        start = file.read(8)
-    if start == b"\x89HDF\r\n\x1a\n":
+        start = file.read(4)
+    if start == b"\x89HDF":
         return _hdf5(path, stack)
     if start[:2] == b"PK":
         return _zip(path, stack)
@@ -106,28 +119,27 @@ def _check_version(version):
 
 def _hdf5(file, stack):
     root = stack.enter_context(h5py.File(file, "r"))
-    if not {"layer_names", "layer_names0"} & root.attrs.keys() and "model_weights" not in root:
+    group = member(root, "model_weights", h5py.Group) if "model_weights" in root else root
+    layers = _names(group, "layer_names")
+    if not layers:
         return Saved(weights=root)
-    group, saved = root, Saved()
-    if "model_weights" in root:
-        group = member(root, "model_weights", h5py.Group)
+    groups = [member(group, name, h5py.Group) for name in layers]
+    saved = Saved(weights=dict(zip(layers, map(_arrays, groups), strict=True)))
     if "model_config" in root.attrs:
         _check_version(group.attrs.get("keras_version"))
         saved.config = json.loads(root.attrs["model_config"])
         saved.training = json.loads(root.attrs.get("training_config", "null"))
-    layers = {name: member(group, name, h5py.Group) for name in _names(group, "layer_names")}
-    saved.weights = {name: _arrays(layer) for name, layer in layers.items()}
     return saved
 
 
 def member(group, name, kind):
     """A member of a group, with data of its own: a file must not show what another has."""
-    member = group.get(name)
-    if not isinstance(member, kind) or member.file.filename != group.file.filename:
-        raise ValueError(f"it has no {kind.__name__.lower()} {name!r} of its own")
-    if kind is h5py.Dataset and (member.external or member.is_virtual):
-        raise ValueError(f"{name!r} keeps its data in another file")
-    return member
+    found = group.get(name)
+    if not isinstance(found, kind) or found.file.filename != group.file.filename:
+        raise LookupError(f"it has no {kind.__name__.lower()} {name!r} of its own")
+    if kind is h5py.Dataset and (found.external or found.is_virtual):
+        raise LookupError(f"{name!r} keeps its data in another file")
+    return found
 
 
 def _names(group, attribute):
@@ -143,14 +155,14 @@ def _arrays(group):
 
 
 def _named(arrays):
-    """A list of `Stored` from pairs of a full name, such as `block/frn/gamma:0`, and an array."""
-    stored, layer = [], None
+    """A list of `Named` from pairs of a full name, such as `block/frn/gamma:0`, and an array."""
+    named, layer = [], None
     for path, array in reversed(list(arrays)):
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
         layer = parents[-1] if parents else layer
-        stored.append(Stored(array, layer, name))
-    return stored[::-1]
+        named.append(Named(layer, name, array))
+    return named[::-1]
 
 
 # SavedModel folders and checkpoints
@@ -169,44 +181,16 @@ def _saved_model(folder):
     return saved
 
 
-def _newest_checkpoint(folder):
-    import tensorflow as tf
-
-    found = tf.train.latest_checkpoint(folder)
-    if found is None:
-        raise ValueError("it is a folder with neither a saved_model.pb nor a checkpoint")
-    return found
-
-
-def _checkpoint(prefix):
+def _checkpoint(prefix_or_folder):
     import tensorflow as tf
     from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
-    reader = tf.train.load_checkpoint(os.fspath(prefix))
+    reader = tf.train.load_checkpoint(os.fspath(prefix_or_folder))
     message = reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
     graph = Graph(TrackableObjectGraph.FromString(message).nodes, reader)
     root = graph.attributes(0)
     if not {"_endpoint_names", "variables"} <= root.keys():
         return Saved(weights=graph)
-    variables = graph.attributes(root["variables"]).values()
-    return Saved(weights={None: _named((graph.full_name(v), graph.array(v)) for v in variables)})
-
-
-@dataclasses.dataclass
-class Graph:
-    """The objects of a checkpoint, from the root 0: the keys of its arrays are not stable."""
-
-    nodes: list
-    reader: object
-
-    def attributes(self, number):
-        """Dict from the name of an attribute to the number of its object."""
-        return {child.local_name: child.node_id for child in self.nodes[number].children}
-
-    def array(self, number):
-        """The array of a variable."""
-        return self.reader.get_tensor(self.nodes[number].attributes[0].checkpoint_key)
-
-    def full_name(self, number):
-        """The name of a variable in Keras 2."""
-        return self.nodes[number].attributes[0].full_name
+    numbers = graph.attributes(root["variables"]).values()
+    names = [graph.nodes[number].attributes[0].full_name for number in numbers]
+    return Saved(weights={None: _named(zip(names, map(graph.array, numbers), strict=True))})

@@ -52,9 +52,8 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
         raise ValueError(
             f"`tau` must be one of {_TAU}. Received: tau={tau!r}. Use 'auto' to lose nothing."
         )
-    custom_objects = custom_objects or {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(keras.saving.custom_object_scope(custom_objects))
+        stack.enter_context(keras.saving.custom_object_scope(custom_objects or {}))
         saved = stack.enter_context(files.opened(path))
         if saved.config is None:
             raise ValueError(
@@ -71,9 +70,9 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
                 "the weights file or checkpoint that belongs to it."
             )
         with files.explained(path):
-            model = _model(saved, tau, custom_objects)
+            model = _model(saved, tau)
         if compile and saved.training:
-            _compile(model, saved.training, Builder(custom_objects))
+            _compile(model, saved.training)
     return model
 
 
@@ -114,13 +113,12 @@ def load_addons_weights(model, path, tau="auto"):
         _assign(match(model, {}, saved.weights), tau)
 
 
-def _model(saved, tau, custom_objects):
-    builder = Builder(custom_objects)
+def _model(saved, tau):
+    builder = Builder()
     model = builder.model(saved.config)
     pairs = match(model, builder.members, saved.weights)
     if builder.tlus:  # only their arrays tell whether positions differ
-        thresholds = [_thresholds(layer, pairs, tau) for layer in builder.tlus]
-        builder = Builder(custom_objects, thresholds)
+        builder = Builder([_thresholds(layer, pairs, tau) for layer in builder.tlus])
         model = builder.model(saved.config)
         pairs = match(model, builder.members, saved.weights)
     _assign(pairs, tau)
@@ -153,8 +151,9 @@ def _assign(pairs, tau):
             layer.finalize_state()  # takes the statistics over from the weights
 
 
-def _compile(model, training, builder):
+def _compile(model, training):
     """Compiles the model as it was, where Keras 3 can."""
+    builder = Builder()
     try:
         optimizer = training.get("optimizer_config", training.get("optimizer"))
         model.compile(

@@ -7,34 +7,19 @@ import keras
 from keras import ops
 
 _PACKAGES = ("", "math", "nn", "linalg", "__operators__", "compat.v1", "compat.v1.nn")
-_MERGES = {
-    "add": keras.layers.Add,
-    "subtract": keras.layers.Subtract,
-    "multiply": keras.layers.Multiply,
-    "maximum": keras.layers.Maximum,
-    "minimum": keras.layers.Minimum,
-}
-_ACTIVATIONS = "relu relu6 sigmoid tanh elu selu silu softplus softsign".split()  # noqa: SIM905
+_MERGES = ("add", "subtract", "multiply", "maximum", "minimum")
+_ACTIVATIONS = ("relu", "relu6", "sigmoid", "tanh", "elu", "selu", "silu", "softplus", "softsign")
+_SAME_NAME = """abs cast cos divide exp expand_dims gelu leaky_relu log log1p log_softmax matmul
+    negative reshape rsqrt sign sin softmax sqrt square squeeze stack stop_gradient transpose"""
 _OPERATIONS = {
-    **{name: getattr(ops, name) for name in (*_MERGES, *_ACTIVATIONS)},
-    **{name: getattr(ops, name) for name in ("abs", "cast", "cos", "divide", "exp", "expand_dims")},
-    **{name: getattr(ops, name) for name in ("gelu", "leaky_relu", "log", "log1p", "log_softmax")},
-    **{name: getattr(ops, name) for name in ("matmul", "negative", "reshape", "rsqrt", "sign")},
-    **{name: getattr(ops, name) for name in ("sin", "softmax", "sqrt", "square", "squeeze")},
-    **{name: getattr(ops, name) for name in ("stack", "stop_gradient", "transpose")},
+    **{name: getattr(ops, name) for name in (*_MERGES, *_ACTIVATIONS, *_SAME_NAME.split())},
     **{f"reduce_{name}": getattr(ops, name) for name in ("max", "mean", "min", "prod", "std")},
-    **{"reduce_sum": ops.sum, "reduce_variance": ops.var},
-    **{"clip_by_value": ops.clip, "concat": ops.concatenate, "identity": lambda x: x},
-    **{"pow": ops.power, "swish": ops.silu, "truediv": ops.true_divide},
-    "getitem": lambda x, slice_spec: x[tuple(map(_slice, slice_spec))],
+    **{"reduce_sum": ops.sum, "reduce_variance": ops.var, "truediv": ops.true_divide},
+    **{"clip_by_value": ops.clip, "identity": lambda x: x, "pow": ops.power, "swish": ops.silu},
+    **{"concat": ops.concatenate, "getitem": lambda x, slice_spec: x[_index(slice_spec)]},
 }
-_ARGUMENTS = {
-    "alpha": "negative_slope",
-    "clip_value_max": "x_max",
-    "clip_value_min": "x_min",
-    "perm": "axes",
-    "shape": "newshape",
-}
+_ARGUMENTS = {"alpha": "negative_slope", "perm": "axes", "shape": "newshape"}
+_ARGUMENTS.update(clip_value_min="x_min", clip_value_max="x_max")
 
 
 def call_operator(function, name, x, options):
@@ -45,9 +30,9 @@ def call_operator(function, name, x, options):
     if package not in _PACKAGES or short not in _OPERATIONS or not tensors:
         raise ValueError(f"calls {function!r}, which has no counterpart here")
     own = {"name": name, "dtype": tensors[0].dtype}
-    # Other ranks are broadcast in a way of their own by Keras' merging layers.
-    if short in _MERGES and len({(t.ndim, t.dtype) for t in tensors}) == 1 and len(tensors) == 2:
-        return _MERGES[short](**own)([x, options["y"]])
+    # Keras' merging layers broadcast tensors of different ranks in a way of their own.
+    if short in _MERGES and len(tensors) == 2 and len({(t.ndim, t.dtype) for t in tensors}) == 1:
+        return getattr(keras.layers, short.title())(**own)([x, options["y"]])
     if short in _ACTIVATIONS and not options:
         return keras.layers.Activation(short, **own)(x)
     if short == "concat":
@@ -60,5 +45,6 @@ def call_operator(function, name, x, options):
     return _OPERATIONS[short](x, *second, **options)
 
 
-def _slice(item):
-    return slice(item["start"], item["stop"], item["step"]) if isinstance(item, dict) else item
+def _index(slice_spec):
+    keys = ("start", "stop", "step")
+    return tuple(slice(*map(s.get, keys)) if isinstance(s, dict) else s for s in slice_spec)

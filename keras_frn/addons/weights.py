@@ -19,7 +19,7 @@ class Place:
     kind: str
     number_in_kind: int
     number: int
-    is_last: bool
+    total: int
 
 
 @dataclasses.dataclass
@@ -82,11 +82,12 @@ def match(model, members, stored):
 def _pairs(layer, members, path=()):
     """A `Pair` without an array for each weight of a layer, in the order of Keras 2."""
     if isinstance(layer, keras.Model):
-        inside = [_in_list(members.get(id(layer), layer.layers), members, path)]
+        inside = [_inside(members.get(id(layer), layer.layers), members, path)]
     else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the modules in it apart.
         values = {**vars(layer), **vars(layer).get("_modules", {})}
-        inside = [_in_value(v, members, (*path, k)) for k, v in values.items() if k != "_layers"]
+        values.pop("_layers", None)
+        inside = [_inside(value, members, (*path, name)) for name, value in values.items()]
     inside = {id(pair.weight): pair for pairs in inside for pair in pairs}
     own = [weight for weight in layer.weights if id(weight) not in inside]
     if isinstance(layer, FilterResponseNormalization):
@@ -94,23 +95,19 @@ def _pairs(layer, members, path=()):
     return [Pair(layer, w, (*path, i)) for i, w in enumerate(own)] + list(inside.values())
 
 
-def _in_value(value, members, path):
+def _inside(value, members, path):
+    """The `Pair`s in a value that is a layer or a list of layers."""
     if isinstance(value, keras.Layer):
         return _pairs(value, members, path)
-    is_list = isinstance(value, (list, tuple)) and all(isinstance(v, keras.Layer) for v in value)
-    return _in_list(value, members, path) if is_list else []
-
-
-def _in_list(layers, members, path):
-    pairs, counts, number = [], collections.Counter(), 0
-    last = max((i for i, layer in enumerate(layers) if layer.weights), default=0)
-    for i, layer in enumerate(layers):
+    values = value if isinstance(value, (list, tuple)) else ()
+    layers = [layer for layer in values if isinstance(layer, keras.Layer)]
+    pairs, counts, total = [], collections.Counter(), sum(bool(v.weights) for v in layers)
+    for layer in layers:
         kind = "Functional" if isinstance(layer, keras.Model) else type(layer).__name__
         kind = "Sequential" if isinstance(layer, keras.Sequential) else kind
-        place = Place(kind, counts[kind], number, i == last)
+        place = Place(kind, counts[kind], counts["with weights"], total)
         pairs += _pairs(layer, members, (*path, place))
-        counts[kind] += 1
-        number += bool(layer.weights)
+        counts.update([kind, "with weights"] if layer.weights else [kind])
     return pairs
 
 
@@ -132,26 +129,26 @@ def _match_lists(model, members, lists):
     for layer, stored in zip(layers, lists.values(), strict=True):
         own = _pairs(layer, members)
         own.sort(key=lambda pair: not pair.weight.trainable)  # as Keras 2 wrote them
-        pairs += _match_list(layer.name, own, stored)
+        # Without a config nobody knows what was frozen, on which the order inside a model depends.
+        by_order = bool(members) or not isinstance(layer, keras.Model)
+        pairs += _match_list(layer.name, own, stored, by_order)
     return pairs
 
 
-def _match_list(name, pairs, stored):
-    """Matches by the names of weights and their layers, or by order where Keras 3 renamed them."""
+def _match_list(name, pairs, stored, by_order=True):
+    """Matches by the names of weights and their layers, or by order where they are others."""
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
     theirs = [(array.layer, array.name) for array in stored]
+    names, given = [weight for _, weight in ours], [weight for _, weight in theirs]
     if len(set(theirs)) == len(theirs) and set(ours) == set(theirs):
         stored = [stored[theirs.index(key)] for key in ours]
-    elif len(ours) != len(theirs) or _are_swapped([w for _, w in ours], [w for _, w in theirs]):
+    # Keras 3 has given some weights other names. Where it has not, another order is a mistake.
+    elif not by_order or len(ours) != len(theirs) or (names != given and set(names) == set(given)):
         raise ValueError(
             f"layer {name!r} has the weights {ours}, the file {theirs}: give the layers the names "
             "and the order that they have in the file"
         )
     return [dataclasses.replace(p, array=s.array) for p, s in zip(pairs, stored, strict=True)]
-
-
-def _are_swapped(ours, theirs):
-    return ours != theirs and sorted(ours) == sorted(theirs)
 
 
 # Trees: the layouts of .keras files and of checkpoints
@@ -186,7 +183,7 @@ def _in_graph(graph, pair):
         if isinstance(part, Place):
             prefix = "layer_with_weights-" if "layer_with_weights-0" in attributes else ""
             name = f"{prefix}{part.number}"
-            if part.is_last and f"{prefix}{part.number + 1}" in attributes:
+            if f"{prefix}{part.total}" in attributes:
                 raise ValueError("it has more layers with weights than the model")
         node = attributes[name]
     stored = {k: v for k, v in graph.attributes(node).items() if graph.nodes[v].attributes}
