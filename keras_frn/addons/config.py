@@ -18,12 +18,8 @@ from .operators import call_operator
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
 OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
 _BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
-_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
-_TABLES = ("StringLookup", "IntegerLookup", "TextVectorization")
-_REFUSED = {
-    **dict.fromkeys(_CODE, "holds code, which is never run from a file"),
-    **dict.fromkeys(_TABLES, "has a table that is not among its weights"),
-}
+_WITH_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
+_WITH_TABLE = ("StringLookup", "IntegerLookup", "TextVectorization")
 _RENAMED = {
     ("InputLayer", "batch_input_shape"): "batch_shape",
     ("LeakyReLU", "alpha"): "negative_slope",
@@ -32,7 +28,7 @@ _RENAMED = {
 # Arguments that Keras 3 has not, and that do not change what is computed.
 _WITHOUT_EFFECT = frozenset(
     """batch_input_shape batch_size fn fused implementation input_length is_legacy_optimizer
-    jit_compile kernel_initializer key_shape query_shape value_shape""".split()  # noqa: SIM905
+    jit_compile kernel_initializer key_shape query_shape trainable value_shape""".split()  # noqa: SIM905
 )
 
 
@@ -59,13 +55,6 @@ class Builder:
         self.thresholds = iter(thresholds or itertools.repeat(Thresholds()))
         self.members, self.tlus = {}, []
 
-    def model(self, config):
-        """The model of a config, with new weights."""
-        model = self.revive(config)
-        if not isinstance(model, keras.Model) or not model.built:
-            raise ValueError("its config is not that of a built Functional or Sequential model")
-        return model
-
     def revive(self, value, homes=LAYERS, key=None):
         """A value in a config, with the objects that it describes, from the modules `homes`."""
         if isinstance(value, list):
@@ -85,7 +74,7 @@ class Builder:
             return np.asarray(array["value"], array["dtype"])
         if kind == "function":
             return self.revive(value["config"])
-        if kind in ("Policy", "PolicyV1", "DTypePolicy"):
+        if kind == "Policy":
             return keras.DTypePolicy(value["config"]["name"])
         if not isinstance(kind, str) or "config" not in value:
             return {k: self.revive(v, homes, k) for k, v in value.items()}
@@ -113,16 +102,18 @@ class Builder:
             return self._functional(config)
         if homes is LAYERS and kind == "Sequential":
             return self._sequential(config)
-        if kind.startswith("LossScaleOptimizer"):  # compile() scales the loss where needed
-            return self.revive(config["inner_optimizer"], homes)
+        if kind.startswith("LossScaleOptimizer"):
+            inner = self.revive(config["inner_optimizer"], homes)
+            return keras.optimizers.LossScaleOptimizer(inner)
         if kind == "MeanMetricWrapper":
             kind = "".join(word.title() for word in config["fn"].split("_"))
         known = "ReLU" if kind == "ThresholdedReLU" else kind
         cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
-        if cls is None or kind in _REFUSED or is_of_addons:
-            reason = _REFUSED.get(kind, "is not in Keras 3")
-            remedy = "" if kind == "Lambda" else f", or pass custom_objects={{{kind!r}: its class}}"
-            raise ValueError(f"{reason}. {_BY_CODE}{remedy}")
+        if kind in _WITH_CODE:
+            raise ValueError(f"holds code, which is never run from a file. {_BY_CODE}")
+        if cls is None or kind in _WITH_TABLE or is_of_addons:
+            reason = f"is not in Keras 3. {_BY_CODE}" if cls is None else f"is not read. {_BY_CODE}"
+            raise ValueError(f"{reason}, or pass custom_objects={{{kind!r}: its class}}")
         config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
         return cls(**self._options(cls, config, homes))
 
@@ -147,13 +138,13 @@ class Builder:
     def _normalization(self, config):
         if config["axis"] != [1, 2]:
             raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
-        options = {**config, "axis": -1, "epsilon": abs(config["epsilon"])}
-        if options["epsilon"] == 0 and not config["learned_epsilon"]:
-            options["epsilon"] = float(np.finfo("float32").tiny)  # NaN for zeros only, in Addons
+        tiny = float(np.finfo("float32").tiny)  # instead of 0, which gave NaN for zeros
+        epsilon = abs(config["epsilon"]) or (0 if config["learned_epsilon"] else tiny)
+        config = {**config, "axis": -1, "epsilon": epsilon}
         for key in ("gamma_constraint", "beta_constraint"):
-            options[key] = _of_channels(config.get(key))
-        cls = FilterResponseNormalization
-        return cls(**self._options(cls, options))
+            config[key] = _of_channels(config.get(key))
+        options = self._options(FilterResponseNormalization, config)
+        return FilterResponseNormalization(**options)
 
     def _threshold(self, config):
         choice, options = next(self.thresholds), self._options(TLU, config)
@@ -168,9 +159,6 @@ class Builder:
 
     def _sequential(self, config):
         layers = [self.revive(data) for data in config["layers"]]
-        shape = config["layers"][0]["config"].get("batch_input_shape") if layers else None
-        if shape is not None and not isinstance(layers[0], keras.layers.InputLayer):
-            layers.insert(0, keras.Input(batch_shape=self.revive(shape)))
         model = keras.Sequential(layers, name=config.get("name"))
         if not model.built and config.get("build_input_shape"):
             model.build(tuple(self.revive(config["build_input_shape"])))

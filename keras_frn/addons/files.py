@@ -19,22 +19,13 @@ import h5py
 class Saved:
     """A file: its config, how the model was compiled, and its weights; None where it has none.
 
-    The weights are a dict from the names of layers to lists of `Named` arrays (the .h5 layout; an
-    exported model has one list, of None), the root group of a .keras file, or a `Graph`.
+    The weights are a dict from layers to lists of names and arrays (the .h5 layout; an exported
+    model has one list, of None), the root group of a .keras file, or the `Graph` of a checkpoint.
     """
 
     config: dict | None = None
     training: dict | None = None
     weights: object = None
-
-
-@dataclasses.dataclass
-class Named:
-    """An array with the name of its layer and its own."""
-
-    layer: str | None
-    name: str
-    array: object
 
 
 @dataclasses.dataclass
@@ -119,12 +110,14 @@ def _check_version(version):
 
 def _hdf5(file, stack):
     root = stack.enter_context(h5py.File(file, "r"))
-    group = member(root, "model_weights", h5py.Group) if "model_weights" in root else root
+    group = root.get("model_weights", root)
     layers = _names(group, "layer_names")
     if not layers:
         return Saved(weights=root)
-    groups = [member(group, name, h5py.Group) for name in layers]
-    saved = Saved(weights=dict(zip(layers, map(_arrays, groups), strict=True)))
+    saved = Saved(weights={})
+    for layer in layers:
+        names = _names(group[layer], "weight_names")
+        saved.weights[layer] = [(n, dataset(root, f"{group.name}/{layer}/{n}")) for n in names]
     if "model_config" in root.attrs:
         _check_version(group.attrs.get("keras_version"))
         saved.config = json.loads(root.attrs["model_config"])
@@ -132,13 +125,12 @@ def _hdf5(file, stack):
     return saved
 
 
-def member(group, name, kind):
-    """A member of a group, with data of its own: a file must not show what another has."""
-    found = group.get(name)
-    if not isinstance(found, kind) or found.file.filename != group.file.filename:
-        raise LookupError(f"it has no {kind.__name__.lower()} {name!r} of its own")
-    if kind is h5py.Dataset and (found.external or found.is_virtual):
-        raise LookupError(f"{name!r} keeps its data in another file")
+def dataset(root, path):
+    """An array of a file, with data of its own: a file must not show what another has."""
+    found = root[path]
+    is_own = isinstance(found, h5py.Dataset) and found.file.filename == root.file.filename
+    if not is_own or found.external or found.is_virtual:
+        raise ValueError(f"{path!r} is no array in this file")
     return found
 
 
@@ -147,22 +139,6 @@ def _names(group, attribute):
     parts = [attribute, *(f"{attribute}{i}" for i in range(len(group.attrs)))]
     names = [name for part in parts for name in group.attrs.get(part, ())]
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-
-
-def _arrays(group):
-    names = _names(group, "weight_names")
-    return _named((name, member(group, name, h5py.Dataset)) for name in names)
-
-
-def _named(arrays):
-    """A list of `Named` from pairs of a full name, such as `block/frn/gamma:0`, and an array."""
-    named, layer = [], None
-    for path, array in reversed(list(arrays)):
-        *parents, name = path.partition(":")[0].split("/")
-        # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
-        layer = parents[-1] if parents else layer
-        named.append(Named(layer, name, array))
-    return named[::-1]
 
 
 # SavedModel folders and checkpoints
@@ -192,5 +168,5 @@ def _checkpoint(prefix_or_folder):
     if not {"_endpoint_names", "variables"} <= root.keys():
         return Saved(weights=graph)
     numbers = graph.attributes(root["variables"]).values()
-    names = [graph.nodes[number].attributes[0].full_name for number in numbers]
-    return Saved(weights={None: _named(zip(names, map(graph.array, numbers), strict=True))})
+    arrays = [(graph.nodes[n].attributes[0].full_name, graph.array(n)) for n in numbers]
+    return Saved(weights={None: arrays})

@@ -39,11 +39,6 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
     Returns:
         A `keras.Model`.
 
-    Example:
-
-    >>> model = keras_frn.load_addons_model("old.h5")  # doctest: +SKIP
-    >>> model.save("new.keras")  # doctest: +SKIP
-
     Raises:
         ValueError: if the file is damaged, was not saved by Keras 2, or holds a layer that cannot
             be read; the message has the layer's name and what to do.
@@ -55,19 +50,14 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
     with contextlib.ExitStack() as stack:
         stack.enter_context(keras.saving.custom_object_scope(custom_objects or {}))
         saved = stack.enter_context(files.opened(path))
-        if saved.config is None:
-            raise ValueError(
-                f"`path` must hold a model with its config. Received: path={os.fspath(path)!r}, "
-                "which has weights only. Build the model in code with keras_frn layers and call "
-                "keras_frn.load_addons_weights, or pass its JSON config as `path` and this file as "
-                "`weights`."
-            )
         if weights is not None:
             saved.weights = stack.enter_context(files.opened(weights, "weights")).weights
-        if saved.weights is None:
+        if saved.config is None or saved.weights is None:
             raise ValueError(
-                f"`weights` must be given with a JSON config. Received: weights={weights!r}. Pass "
-                "the weights file or checkpoint that belongs to it."
+                "`path` must hold a model with its config and its weights. Received: path="
+                f"{os.fspath(path)!r}, weights={weights!r}. Pass a JSON config as `path` and the "
+                "file of its weights as `weights`; or, where there is no config, build the model "
+                "in code with keras_frn layers and call keras_frn.load_addons_weights."
             )
         with files.explained(path):
             model = _model(saved, tau)
@@ -92,10 +82,6 @@ def load_addons_weights(model, path, tau="auto"):
         tau: `"per_channel_mean"` averages thresholds that differ from position to position where
             the model has one per channel; `"auto"` refuses. Defaults to `"auto"`.
 
-    Example:
-
-    >>> keras_frn.load_addons_weights(model, "checkpoints/epoch_9")  # doctest: +SKIP
-
     Raises:
         ValueError: if the model is not built, or the file does not fit it.
     """
@@ -113,14 +99,14 @@ def load_addons_weights(model, path, tau="auto"):
         _assign(match(model, {}, saved.weights), tau)
 
 
-def _model(saved, tau):
-    builder = Builder()
-    model = builder.model(saved.config)
+def _model(saved, tau, thresholds=None):
+    builder = Builder(thresholds)
+    model = builder.revive(saved.config)
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError("its config is not that of a built Functional or Sequential model")
     pairs = match(model, builder.members, saved.weights)
-    if builder.tlus:  # only their arrays tell whether positions differ
-        builder = Builder([_thresholds(layer, pairs, tau) for layer in builder.tlus])
-        model = builder.model(saved.config)
-        pairs = match(model, builder.members, saved.weights)
+    if builder.tlus and thresholds is None:  # only the arrays tell whether positions differ
+        return _model(saved, tau, [_thresholds(layer, pairs, tau) for layer in builder.tlus])
     _assign(pairs, tau)
     return model
 

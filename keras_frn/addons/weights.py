@@ -64,18 +64,20 @@ def match(model, members, stored):
     if isinstance(stored, dict):
         return _match_lists(model, members, stored)
     pairs = _pairs(model, members)
-    lookup = _in_hdf5 if isinstance(stored, h5py.Group) else _in_graph
     for pair in pairs:
         try:
-            pair.array = lookup(stored, pair)
+            if isinstance(stored, files.Graph):
+                pair.array = _in_graph(stored, pair)
+            else:
+                pair.array = files.dataset(stored, _path_in_hdf5(stored, pair))
         except LookupError as error:
             raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
-    if lookup is _in_hdf5:
+    if isinstance(stored, h5py.Group):
         paths = []
         stored.visit(paths.append)
-        paths = [p for p in paths if "/vars/" in p and p.startswith(("layers/", "_layer_ch"))]
-        if len(paths) != len(pairs):
-            raise ValueError(f"it has {len(paths)} weights in its layers, the model {len(pairs)}")
+        count = sum(bool(re.match(r"_?layer.*/vars/\d+$", path)) for path in paths)
+        if count != len(pairs):
+            raise ValueError(f"it has {count} weights in its layers, the model {len(pairs)}")
     return pairs
 
 
@@ -116,9 +118,9 @@ def _inside(value, members, path):
 
 def _match_lists(model, members, lists):
     layers = [v for v in members.get(id(model), model.layers) if v.weights]
-    lists = {name: stored for name, stored in lists.items() if stored}
+    lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
-        return _match_list(model.name, _pairs(model, members), lists[None])
+        return _match_list(model, _pairs(model, members), lists[None], by_order=True)
     if len(layers) != len(lists):
         raise ValueError(
             f"it holds weights for {len(lists)} layers, the model has {len(layers)} with weights"
@@ -126,48 +128,51 @@ def _match_lists(model, members, lists):
     if {layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.name))
     pairs = []
-    for layer, stored in zip(layers, lists.values(), strict=True):
+    for layer, arrays in zip(layers, lists.values(), strict=True):
         own = _pairs(layer, members)
         own.sort(key=lambda pair: not pair.weight.trainable)  # as Keras 2 wrote them
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
         by_order = bool(members) or not isinstance(layer, keras.Model)
-        pairs += _match_list(layer.name, own, stored, by_order)
+        pairs += _match_list(layer, own, arrays, by_order)
     return pairs
 
 
-def _match_list(name, pairs, stored, by_order=True):
+def _match_list(layer, pairs, arrays, by_order):
     """Matches by the names of weights and their layers, or by order where they are others."""
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
-    theirs = [(array.layer, array.name) for array in stored]
-    names, given = [weight for _, weight in ours], [weight for _, weight in theirs]
+    theirs = []
+    for path, _ in reversed(arrays):  # such as block/frn/gamma:0
+        *parents, name = path.partition(":")[0].split("/")
+        # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
+        theirs.insert(0, (parents[-1] if parents or not theirs else theirs[0][0], name))
+    arrays = [array for _, array in arrays]
+    names, given = [name for _, name in ours], [name for _, name in theirs]
     if len(set(theirs)) == len(theirs) and set(ours) == set(theirs):
-        stored = [stored[theirs.index(key)] for key in ours]
+        arrays = [arrays[theirs.index(key)] for key in ours]
     # Keras 3 has given some weights other names. Where it has not, another order is a mistake.
     elif not by_order or len(ours) != len(theirs) or (names != given and set(names) == set(given)):
         raise ValueError(
-            f"layer {name!r} has the weights {ours}, the file {theirs}: give the layers the names "
-            "and the order that they have in the file"
+            f"layer {layer.name!r} has the weights {ours}, the file {theirs}: give the layers the "
+            "names and the order that they have in the file"
         )
-    return [dataclasses.replace(p, array=s.array) for p, s in zip(pairs, stored, strict=True)]
+    return [dataclasses.replace(p, array=a) for p, a in zip(pairs, arrays, strict=True)]
 
 
 # Trees: the layouts of .keras files and of checkpoints
 
 
-def _in_hdf5(group, pair):
+def _path_in_hdf5(group, pair):
     for part in pair.path[:-1]:
-        if isinstance(part, str):
-            group = files.member(group, part, h5py.Group)
-            continue
-        containers = [n for n in ("layers", "_layer_checkpoint_dependencies") if n in group]
-        if containers:
-            group = files.member(group, containers[0], h5py.Group)
-        # Groups are named by class, as conv2d, conv2d_2, ...: counted, with gaps.
-        kind = _snake_case(part.kind)
-        numbers = [re.fullmatch(rf"{kind}(?:_(\d+))?", name) for name in group]
-        numbers = sorted((int(found[1] or 0), found[0]) for found in numbers if found)
-        group = files.member(group, numbers[part.number_in_kind][1], h5py.Group)
-    return files.member(group, f"vars/{pair.path[-1]}", h5py.Dataset)
+        name = part
+        if isinstance(part, Place):
+            group = group.get("layers") or group.get("_layer_checkpoint_dependencies") or group
+            # Groups are named by class, as conv2d, conv2d_2, ...: counted, with gaps.
+            kind = _snake_case(part.kind)
+            groups = [re.fullmatch(rf"{kind}(?:_(\d+))?", name) for name in group]
+            groups = sorted((int(found[1] or 0), found[0]) for found in groups if found)
+            name = groups[part.number_in_kind][1]
+        group = group[name]
+    return f"{group.name}/vars/{pair.path[-1]}"
 
 
 def _snake_case(name):
