@@ -119,7 +119,9 @@ class Builder:
 
     def _options(self, cls, config, homes=LAYERS):
         """The arguments of a class of Keras 3, from those of Keras 2."""
-        options, accepted = self.revive(config, homes), _parameters(cls)
+        options, accepted = self.revive(config, homes), {*inspect.signature(cls).parameters}
+        if "kwargs" in accepted:  # which go to the base class
+            accepted |= {"name", "dtype", "trainable", "activity_regularizer"}
         if options.get("reduction") == "auto":
             options["reduction"] = "sum_over_batch_size"
         if isinstance(options.get("axis"), list) and len(options["axis"]) == 1:
@@ -127,7 +129,7 @@ class Builder:
         if options.get("decay") and isinstance(options["learning_rate"], float):
             rate, decay = options["learning_rate"], options.pop("decay")
             options["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(rate, 1, decay)
-        for key in options.keys() - accepted.keys():
+        for key in options.keys() - accepted:
             value = options.pop(key)
             if key not in _WITHOUT_EFFECT and (value is True or value not in (None, False, 1)):
                 raise ValueError(f"has {key}={value!r}, which Keras 3 has not. {_BY_CODE}")
@@ -198,14 +200,15 @@ class Builder:
         options = {}
 
         def resolve(value):
-            if isinstance(value, list) and _is_reference(value):
+            is_list = isinstance(value, list)
+            if is_list and len(value) in (3, 4) and [*map(type, value[:2])] == [str, int]:
                 name, number, item, *rest = value
                 for key, option in (rest[0] if rest else {}).items():
                     if option is not None:
                         options[key] = resolve(option)
                 is_constant = name == "_CONSTANT_VALUE"
                 return self.revive(item) if is_constant else outputs_of(name, number)[item]
-            if isinstance(value, list):
+            if is_list:
                 return [resolve(item) for item in value]
             if isinstance(value, dict) and "class_name" not in value:
                 return {key: resolve(item) for key, item in value.items()}
@@ -219,11 +222,6 @@ def _name(data):
     return data.get("name") or data["config"].get("name")
 
 
-def _is_reference(value):
-    kinds = (str, int, object, dict)
-    return len(value) in (3, 4) and all(map(isinstance, value, kinds))
-
-
 def _call(layer, name, inputs, options):
     if isinstance(layer, str):
         return call_operator(layer, name, inputs, options)
@@ -231,18 +229,6 @@ def _call(layer, name, inputs, options):
     if is_recurrent and isinstance(inputs, list):
         inputs, *options["initial_state"] = inputs
     return layer(inputs, **options)
-
-
-def _parameters(cls):
-    """The parameters that a class takes, those of its bases where it passes them on, by name."""
-    parameters = {}
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            own = inspect.signature(base.__init__).parameters
-            parameters = {**own, **parameters}
-            if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
-                break
-    return parameters
 
 
 def _of_channels(constraint):

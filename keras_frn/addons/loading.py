@@ -16,7 +16,7 @@ _ELEMENTWISE = ("NoneType", "NonNeg", "L1", "L2", "L1L2")
 
 
 def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objects=None):
-    """Opens a model that TensorFlow Addons saved, as an ordinary Keras 3 model.
+    """Opens a model that TensorFlow Addons saved: returns an ordinary `keras.Model`.
 
     `tfa.layers.FilterResponseNormalization` and `tfa.layers.TLU` become our layers. Outputs,
     gradients, regularization losses, layer names and trainable weights stay what they were. The
@@ -35,9 +35,6 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
         compile: Whether to compile the model as it was. Defaults to True.
         custom_objects: Dict of names and classes or functions that the config uses and Keras has
             not. Defaults to None.
-
-    Returns:
-        A `keras.Model`.
 
     Raises:
         ValueError: if the file is damaged, was not saved by Keras 2, or holds a layer that cannot

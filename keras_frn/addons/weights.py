@@ -33,14 +33,15 @@ class Pair:
 
     def value(self, tau="auto"):
         """The array in the shape of the weight."""
-        shape, given = tuple(self.weight.shape), tuple(self.array.shape)
-        is_threshold = isinstance(self.layer, TLU) and given[-1:] == shape
-        is_ours = isinstance(self.layer, FilterResponseNormalization)
-        if given != shape and not is_threshold and not (is_ours and given == (1, 1, 1, *shape)):
-            raise ValueError(f"layer {self.layer.name!r} has a weight {shape}, the file {given}")
-        array = np.asarray(self.array)
-        if given == shape or is_ours:
+        array, shape = np.asarray(self.array), tuple(self.weight.shape)
+        if array.shape == shape:
+            return array
+        if isinstance(self.layer, FilterResponseNormalization) and array.shape == (1, 1, 1, *shape):
             return array.reshape(shape)
+        if not isinstance(self.layer, TLU) or array.shape[-1:] != shape:
+            raise ValueError(
+                f"layer {self.layer.name!r} has a weight {shape}, the file one of {array.shape}"
+            )
         rows = array.reshape(-1, *shape)
         if is_uniform(array):
             return rows[0]
