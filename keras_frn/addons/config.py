@@ -90,17 +90,16 @@ class Builder:
         names = [data.get("registered_name"), data["class_name"]]
         kind, config = data["class_name"].rpartition(">")[2], data["config"]
         is_of_addons = any(str(name).startswith("Addons>") for name in names)
-        if is_of_addons and kind == "FilterResponseNormalization":
-            return self._normalization(config)
-        if is_of_addons and kind == "TLU":
-            return self._threshold(config)
+        ours = {"FilterResponseNormalization": self._normalization, "TLU": self._threshold}
+        if is_of_addons and kind in ours:
+            return ours[kind](config)
         for name in filter(None, [*names, kind]):
             custom = keras.saving.get_registered_object(name)
             if custom is not None:
                 return custom.from_config(self.revive(config, homes))
-        if homes is LAYERS and kind in ("Functional", "Model"):
+        if kind in ("Functional", "Model"):
             return self._functional(config)
-        if homes is LAYERS and kind == "Sequential":
+        if kind == "Sequential":
             return self._sequential(config)
         if kind.startswith("LossScaleOptimizer"):
             inner = self.revive(config["inner_optimizer"], homes)

@@ -114,10 +114,12 @@ def _thresholds(layer, pairs, tau):
     shape = arrays[0].shape
     options = [f"{w.name}_{o}" for w in layer.weights for o in ("regularizer", "constraint")]
     is_elementwise = all(type(getattr(layer, o)).__name__ in _ELEMENTWISE for o in options)
+    if len(shape) == 1:
+        return Thresholds()
     loses_nothing = is_elementwise and all(map(is_uniform, arrays))
-    if len(shape) > 1 and (tau == "per_position" or (tau == "auto" and not loses_nothing)):
+    if tau == "per_position" or (tau == "auto" and not loses_nothing):
         return Thresholds(axis=tuple(range(1, 1 + len(shape))))
-    if len(shape) > 1 and not is_elementwise:
+    if not is_elementwise:
         raise ValueError(
             f"layer {layer.name!r} has a constraint or regularizer that needs its positions: "
             "pass tau='auto' or tau='per_position'"

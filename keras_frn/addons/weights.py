@@ -39,9 +39,7 @@ class Pair:
         if isinstance(self.layer, FilterResponseNormalization) and array.shape == (1, 1, 1, *shape):
             return array.reshape(shape)
         if not isinstance(self.layer, TLU) or array.shape[-1:] != shape:
-            raise ValueError(
-                f"layer {self.layer.name!r} has a weight {shape}, the file one of {array.shape}"
-            )
+            raise ValueError(f"weight {self.weight.path!r} has shape {shape}, not {array.shape}")
         rows = array.reshape(-1, *shape)
         if is_uniform(array):
             return rows[0]
@@ -106,8 +104,7 @@ def _inside(value, members, path):
     layers = [layer for layer in values if isinstance(layer, keras.Layer)]
     pairs, counts, total = [], collections.Counter(), sum(bool(v.weights) for v in layers)
     for layer in layers:
-        kind = "Functional" if isinstance(layer, keras.Model) else type(layer).__name__
-        kind = "Sequential" if isinstance(layer, keras.Sequential) else kind
+        kind = type(layer).__name__
         place = Place(kind, counts[kind], counts["with weights"], total)
         pairs += _pairs(layer, members, (*path, place))
         counts.update([kind, "with weights"] if layer.weights else [kind])
@@ -193,9 +190,6 @@ def _in_graph(graph, pair):
                 raise ValueError("it has more layers with weights than the model")
         node = attributes[name]
     stored = {k: v for k, v in graph.attributes(node).items() if graph.nodes[v].attributes}
-    if pair.weight.name in stored:
-        return graph.array(stored[pair.weight.name])
-    # Keras 3 has given some weights other names: the rest goes by order.
-    names = [weight.name for weight in pair.layer.weights]
-    rest = [number for name, number in stored.items() if name not in names]
-    return graph.array(rest[[name for name in names if name not in stored].index(pair.weight.name)])
+    # Keras 2 may have said more, as depthwise_kernel.
+    names = sorted((name for name in stored if name.endswith(pair.weight.name)), key=len)
+    return graph.array(stored[names[0]])
