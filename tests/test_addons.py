@@ -313,7 +313,7 @@ def test_gamma_and_beta_of_one_shape_are_not_confused():
         ((keras.Sequential([keras.layers.Dense(2)]), "x"), "`model` must be a built"),
         (("no model", "x"), "`model` must be a built"),
         ((own_model(), "x", "per_channel"), "`tau` must be 'auto' or"),
-        ((own_model(), "/nowhere"), "no such file"),
+        ((own_model(), "/nowhere"), "No such file"),
     ],
 )
 def test_bad_arguments_of_load_addons_weights(arguments, message):
@@ -445,7 +445,7 @@ def test_custom_objects_are_used(tmp_path):
         ({"path": MODELS / "frn_default" / "ckpt"}, "its config and its weights"),
         ({"path": MODELS / "frn_learned_eps" / "export.zip"}, "its config and its weights"),
         ({"path": MODELS / "frn_default" / "model.h5", "tau": "mean"}, "`tau` must be one of"),
-        ({"path": "/nowhere/model.h5"}, "no such file"),
+        ({"path": "/nowhere/model.h5"}, "No such file"),
         ({"path": MODELS / "make.py"}, "neither HDF5, zip, JSON"),
         ({"path": MODELS}, "find 'checkpoint' file or checkpoints"),
     ],

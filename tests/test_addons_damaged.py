@@ -38,7 +38,8 @@ def is_refused(path):
             else:
                 load_addons_model(path)
         except ValueError as error:
-            assert "Received: " in str(error)
+            if "Received: " not in str(error):
+                raise AssertionError("the message does not say which file it is") from error
             return True
     return False
 

@@ -47,9 +47,8 @@ class Thresholds:
 class Builder:
     """Builds a model from its config; `thresholds` are those of each TLU, in order.
 
-    `tlus` are the TLU layers in order, `members` the layers of each model by its id: the order of
-    the weights in a file is that of the config, and Keras 3 may have the layers in another one.
-    """
+    `tlus` are the TLU layers in order, `members` the layers of each model by its id, in the order
+    of the config. That is the order of the weights in a file, which Keras 3 may not keep."""
 
     def __init__(self, thresholds=None):
         self.thresholds = iter(thresholds or itertools.repeat(Thresholds()))
@@ -232,12 +231,9 @@ def _call(layer, name, inputs, options):
 
 def _of_channels(constraint):
     """A constraint of a (1, 1, 1, C) weight, for a (C,) weight."""
-    if not isinstance(constraint, dict):
+    if not isinstance(constraint, dict) or "axis" not in constraint["config"]:
         return constraint
-    kind, config = constraint["class_name"].rpartition(">")[2], constraint["config"]
-    if kind not in ("MaxNorm", "MinMaxNorm", "UnitNorm"):
-        return constraint
-    axes = config.get("axis", 0)
-    axes = axes.get("items") if isinstance(axes, dict) else axes
+    config = constraint["config"]
+    axes = config["axis"]["items"] if isinstance(config["axis"], dict) else config["axis"]
     over_channels = axes is None or bool({3, -1} & set(np.ravel(axes).tolist()))
     return {**constraint, "config": {**config, "axis": [0] if over_channels else []}}

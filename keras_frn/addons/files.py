@@ -30,18 +30,10 @@ class Saved:
 
 @dataclasses.dataclass
 class Graph:
-    """The objects of a checkpoint, from the root 0: the keys of its arrays are not stable."""
+    """The objects of a checkpoint by number, from the root 0: the keys of arrays are not stable."""
 
-    nodes: list
-    reader: object
-
-    def attributes(self, number):
-        """Dict from the name of an attribute to the number of its object."""
-        return {child.local_name: child.node_id for child in self.nodes[number].children}
-
-    def array(self, number):
-        """The array of a variable."""
-        return self.reader.get_tensor(self.nodes[number].attributes[0].checkpoint_key)
+    attributes: list  # of dicts from names to the numbers of objects
+    arrays: dict  # from the numbers of variables to pairs of their old name and array
 
 
 @contextlib.contextmanager
@@ -67,13 +59,10 @@ def explained(path, name="path", remedy=""):
 
 
 def _open(path, stack):
-    if path.is_dir():
-        is_model = (path / "saved_model.pb").is_file()
-        return _saved_model(path) if is_model else _checkpoint(path)
-    if path.suffix == ".index" or path.with_name(path.name + ".index").is_file():
+    if (path / "saved_model.pb").is_file():
+        return _saved_model(path)
+    if path.is_dir() or path.suffix == ".index" or Path(f"{path}.index").is_file():
         return _checkpoint(os.fspath(path).removesuffix(".index"))
-    if not path.exists():
-        raise ValueError("there is no such file")
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"\x89HDF":
@@ -148,8 +137,7 @@ def _saved_model(folder):
     saved = _checkpoint(folder / "variables" / "variables")
     if (folder / "keras_metadata.pb").is_file():
         # A message of nodes; each has its path, which is "root" for the model, and its JSON.
-        data = (folder / "keras_metadata.pb").read_bytes()
-        data = data[data.index(b"\x1a\x04root") :]
+        data = (folder / "keras_metadata.pb").read_bytes().partition(b"\x1a\x04root")[2]
         text = data[data.index(b'{"') :].decode("utf-8", "replace")
         root, _ = json.JSONDecoder().raw_decode(text)
         saved.config = root.get("model_config") or root
@@ -163,10 +151,13 @@ def _checkpoint(prefix_or_folder):
 
     reader = tf.train.load_checkpoint(os.fspath(prefix_or_folder))
     message = reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
-    graph = Graph(TrackableObjectGraph.FromString(message).nodes, reader)
-    root = graph.attributes(0)
+    nodes = TrackableObjectGraph.FromString(message).nodes
+    graph = Graph([{edge.local_name: edge.node_id for edge in n.children} for n in nodes], {})
+    for number, node in enumerate(nodes):
+        for array in node.attributes:
+            graph.arrays[number] = array.full_name, reader.get_tensor(array.checkpoint_key)
+    root = graph.attributes[0]
     if not {"_endpoint_names", "variables"} <= root.keys():
         return Saved(weights=graph)
-    numbers = graph.attributes(root["variables"]).values()
-    arrays = [(graph.nodes[n].attributes[0].full_name, graph.array(n)) for n in numbers]
-    return Saved(weights={None: arrays})
+    numbers = graph.attributes[root["variables"]].values()
+    return Saved(weights={None: [graph.arrays[number] for number in numbers]})

@@ -25,16 +25,13 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
 
     Args:
         path: An `.h5` or `.keras` file, a SavedModel folder or a zip of one, or a `.json` config.
-        weights: A weights file or a checkpoint, for a `.json` config. Defaults to None, the weights
-            in `path`.
+        weights: The weights of a `.json` config: a file or a checkpoint. Defaults to None.
         tau: What becomes of the thresholds of TLU, which Addons kept per position. `"auto"` makes
             them one per channel where nothing is lost: all positions have the same value, and no
             constraint or regularizer tells them apart. `"per_position"` keeps all, `"per_channel"`
-            refuses a layer whose positions differ, `"per_channel_mean"` averages it. Defaults to
-            `"auto"`.
+            refuses positions that differ, `"per_channel_mean"` averages. Defaults to `"auto"`.
         compile: Whether to compile the model as it was. Defaults to True.
-        custom_objects: Dict of names and classes or functions that the config uses and Keras has
-            not. Defaults to None.
+        custom_objects: Dict of names and classes or functions of your own. Defaults to None.
 
     Raises:
         ValueError: if the file is damaged, was not saved by Keras 2, or holds a layer that cannot
@@ -131,18 +128,16 @@ def _assign(pairs, tau):
     values = [pair.value(tau) for pair in pairs]
     for pair, value in zip(pairs, values, strict=True):
         pair.weight.assign(value)
-    for layer in {id(pair.layer): pair.layer for pair in pairs}.values():
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # takes the statistics over from the weights
+        if isinstance(pair.layer, keras.layers.Normalization):
+            pair.layer.finalize_state()  # takes the statistics over from the weights
 
 
 def _compile(model, training):
     """Compiles the model as it was, where Keras 3 can."""
     builder = Builder()
     try:
-        optimizer = training.get("optimizer_config", training.get("optimizer"))
         model.compile(
-            builder.revive(optimizer, OPTIMIZERS),
+            builder.revive(training.get("optimizer_config", training.get("optimizer")), OPTIMIZERS),
             builder.revive(training.get("loss"), (keras.losses,)),
             training.get("loss_weights"),
             builder.revive(training.get("metrics"), (keras.metrics,)),

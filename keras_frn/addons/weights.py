@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import re
 
-import h5py
 import keras
 import numpy as np
 
@@ -34,9 +33,8 @@ class Pair:
     def value(self, tau="auto"):
         """The array in the shape of the weight."""
         array, shape = np.asarray(self.array), tuple(self.weight.shape)
-        if array.shape == shape:
-            return array
-        if isinstance(self.layer, FilterResponseNormalization) and array.shape == (1, 1, 1, *shape):
+        is_ours = isinstance(self.layer, FilterResponseNormalization)
+        if array.shape == shape or (is_ours and array.shape == (1, 1, 1, *shape)):
             return array.reshape(shape)
         if not isinstance(self.layer, TLU) or array.shape[-1:] != shape:
             raise ValueError(f"weight {self.weight.path!r} has shape {shape}, not {array.shape}")
@@ -46,9 +44,9 @@ class Pair:
         if tau == "per_channel_mean":
             return rows.mean(axis=0, dtype="float64").astype(array.dtype)
         raise ValueError(
-            f"weight {self.weight.path!r} has one value per channel, and the file another one for "
-            "each position: keep them with tau='per_position' (in a model of your own, "
-            "TLU(axis=...)), or average them with tau='per_channel_mean'"
+            f"weight {self.weight.path!r} has one value per channel, the file one per position: "
+            "keep them with tau='per_position' (in a model of your own, TLU(axis=...)), or average "
+            "them with tau='per_channel_mean'"
         )
 
 
@@ -63,15 +61,13 @@ def match(model, members, stored):
     if isinstance(stored, dict):
         return _match_lists(model, members, stored)
     pairs = _pairs(model, members)
+    lookup = _in_graph if isinstance(stored, files.Graph) else _in_hdf5
     for pair in pairs:
         try:
-            if isinstance(stored, files.Graph):
-                pair.array = _in_graph(stored, pair)
-            else:
-                pair.array = files.dataset(stored, _path_in_hdf5(stored, pair))
+            pair.array = lookup(stored, pair)
         except LookupError as error:
             raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
-    if isinstance(stored, h5py.Group):
+    if lookup is _in_hdf5:
         paths = []
         stored.visit(paths.append)
         count = sum(bool(re.match(r"_?layer.*/vars/\d+$", path)) for path in paths)
@@ -87,8 +83,7 @@ def _pairs(layer, members, path=()):
     else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the modules in it apart.
         values = {**vars(layer), **vars(layer).get("_modules", {})}
-        values.pop("_layers", None)
-        inside = [_inside(value, members, (*path, name)) for name, value in values.items()]
+        inside = [_inside(v, members, (*path, k)) for k, v in values.items() if k != "_layers"]
     inside = {id(pair.weight): pair for pairs in inside for pair in pairs}
     own = [weight for weight in layer.weights if id(weight) not in inside]
     if isinstance(layer, FilterResponseNormalization):
@@ -120,9 +115,7 @@ def _match_lists(model, members, lists):
     if set(lists) == {None}:
         return _match_list(model, _pairs(model, members), lists[None], by_order=True)
     if len(layers) != len(lists):
-        raise ValueError(
-            f"it holds weights for {len(lists)} layers, the model has {len(layers)} with weights"
-        )
+        raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.name))
     pairs = []
@@ -143,7 +136,6 @@ def _match_list(layer, pairs, arrays, by_order):
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
         theirs.insert(0, (parents[-1] if parents or not theirs else theirs[0][0], name))
-    arrays = [array for _, array in arrays]
     names, given = [name for _, name in ours], [name for _, name in theirs]
     if len(set(theirs)) == len(theirs) and set(ours) == set(theirs):
         arrays = [arrays[theirs.index(key)] for key in ours]
@@ -153,24 +145,25 @@ def _match_list(layer, pairs, arrays, by_order):
             f"layer {layer.name!r} has the weights {ours}, the file {theirs}: give the layers the "
             "names and the order that they have in the file"
         )
-    return [dataclasses.replace(p, array=a) for p, a in zip(pairs, arrays, strict=True)]
+    return [dataclasses.replace(p, array=a) for p, (_, a) in zip(pairs, arrays, strict=True)]
 
 
 # Trees: the layouts of .keras files and of checkpoints
 
 
-def _path_in_hdf5(group, pair):
+def _in_hdf5(root, pair):
+    group = root
     for part in pair.path[:-1]:
         name = part
         if isinstance(part, Place):
             group = group.get("layers") or group.get("_layer_checkpoint_dependencies") or group
             # Groups are named by class, as conv2d, conv2d_2, ...: counted, with gaps.
             kind = _snake_case(part.kind)
-            groups = [re.fullmatch(rf"{kind}(?:_(\d+))?", name) for name in group]
-            groups = sorted((int(found[1] or 0), found[0]) for found in groups if found)
+            matches = filter(None, (re.fullmatch(rf"{kind}(?:_(\d+))?", name) for name in group))
+            groups = sorted((int(match[1] or 0), match[0]) for match in matches)
             name = groups[part.number_in_kind][1]
         group = group[name]
-    return f"{group.name}/vars/{pair.path[-1]}"
+    return files.dataset(root, f"{group.name}/vars/{pair.path[-1]}")
 
 
 def _snake_case(name):
@@ -182,14 +175,13 @@ def _snake_case(name):
 def _in_graph(graph, pair):
     node = 0
     for part in pair.path[:-1]:
-        attributes, name = graph.attributes(node), part
+        attributes, name = graph.attributes[node], part
         if isinstance(part, Place):
             prefix = "layer_with_weights-" if "layer_with_weights-0" in attributes else ""
             name = f"{prefix}{part.number}"
             if f"{prefix}{part.total}" in attributes:
                 raise ValueError("it has more layers with weights than the model")
         node = attributes[name]
-    stored = {k: v for k, v in graph.attributes(node).items() if graph.nodes[v].attributes}
     # Keras 2 may have said more, as depthwise_kernel.
-    names = sorted((name for name in stored if name.endswith(pair.weight.name)), key=len)
-    return graph.array(stored[names[0]])
+    names = [name for name in graph.attributes[node] if name.endswith(pair.weight.name)]
+    return graph.arrays[graph.attributes[node][sorted(names, key=len)[0]]][1]
