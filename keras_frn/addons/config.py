@@ -1,7 +1,6 @@
 """A model's config as Keras 2 wrote it becomes a Keras 3 model, with our layers for Addons' layers.
 
-Names in a config are looked up among Keras' own classes and in the caller's `custom_objects`.
-Nothing is imported by name, and no code in a config is run.
+Nothing in it is imported by name or run: names are those of Keras' classes or `custom_objects`.
 """
 
 import dataclasses

@@ -34,8 +34,7 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
         custom_objects: Dict of names and classes or functions of your own. Defaults to None.
 
     Raises:
-        ValueError: if the file is damaged, was not saved by Keras 2, or holds a layer that cannot
-            be read; the message has the layer's name and what to do.
+        ValueError: if the file is damaged or of Keras 3, or has a layer that cannot be read.
     """
     if tau not in _TAU:
         raise ValueError(

@@ -1,7 +1,4 @@
-"""Functions of TensorFlow in a functional graph of Keras 2, as Keras layers and operations.
-
-Each of these computes the same in Keras; others are refused.
-"""
+"""Functions of TensorFlow in a functional graph of Keras 2 that compute the same in Keras 3."""
 
 import keras
 from keras import ops

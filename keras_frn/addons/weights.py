@@ -125,6 +125,8 @@ def _match_lists(model, members, lists):
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
         by_order = bool(members) or not isinstance(layer, keras.Model)
         pairs += _match_list(layer, own, arrays, by_order)
+    if len({id(pair.weight) for pair in pairs}) != len(model.weights):
+        raise ValueError("the model has weights outside of its layers")
     return pairs
 
 
