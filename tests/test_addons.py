@@ -551,3 +551,13 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     close(numpy(names["model"](xs[0])), ys[0], 2e-5)
     close(numpy(keras.saving.load_model("new.keras")(xs[0])), ys[0], 2e-5)
     assert names["small"].get_layer("tlu").tau.shape == (4,)
+
+
+def test_importing_the_package_registers_what_migrated_files_need_and_loads_no_reader():
+    code = (
+        "import sys, keras, keras_frn\n"
+        "assert keras.saving.get_registered_object('keras_frn>hard_sigmoid_of_keras2')\n"
+        "print(sorted(name for name in sys.modules if name.startswith('keras_frn.addons')))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['keras_frn.addons', 'keras_frn.addons.legacy']"
