@@ -78,8 +78,8 @@ def test_changed_bytes_do_no_harm(name, seed, tmp_path):
         return bytes(data)
 
     refused = is_refused(damaged(name, tmp_path, change))
-    # These have a checksum of all that matters; HDF5 has none.
-    assert refused or name not in ("model.keras", "saved_model.zip", "ckpt")
+    # A checkpoint has checksums; HDF5 has none, and a zip file may hold more than what is read.
+    assert refused or name != "ckpt"
 
 
 def change_json(text, rng):
