@@ -1,5 +1,6 @@
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from reference import close
 
 from keras_frn import TLU, FilterResponseNormalization, load_addons_model, load_addons_weights
 from keras_frn.addons.config import Builder
+from keras_frn.addons.operators import call_operator
 
 MODELS = Path(__file__).parent / "addons_models"
 FILES = ("model.h5", "model.keras", "saved_model.zip", "legacy_weights.h5", "v3.weights.h5", "ckpt")
@@ -257,26 +259,58 @@ def test_a_file_with_more_layers_than_the_model_is_refused(name):
         load_addons_weights(model, MODELS / "frn_tlu" / name)
 
 
+def weights_file(path, **layers):
+    """An .h5 file of weights (3,), full of 0, 1, 2, ... in the order of their names."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        number = 0
+        for layer, names in layers.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [f"{name}:0".encode() for name in names.split()]
+            for name in names.split():
+                group[f"{name}:0"] = np.full(3, number, "f4")
+                number += 1
+    return path
+
+
+def model_of(*layers, **options):
+    return keras.Sequential([keras.Input((2, 2, 3)), *layers], **options)
+
+
+def firsts(*layers):
+    return [float(numpy(weight)[0]) for layer in layers for weight in layer.weights]
+
+
 def test_weights_of_one_shape_are_never_swapped(tmp_path):
     """Keras 2 wrote the weights of frozen layers last, here those of `a`."""
-    path = tmp_path / "weights.h5"
-    names = ["b/gamma:0", "b/beta:0", "a/gamma:0", "a/beta:0"]
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = [b"inner"]
-        group = file.create_group("inner")
-        group.attrs["weight_names"] = [name.encode() for name in names]
-        for number, name in enumerate(names):
-            group[name] = np.full((1, 1, 1, 3), number, "f4")
-
-    def model_of(*layers):
-        inner = keras.Sequential([keras.Input((2, 2, 3)), *layers], name="inner")
-        return keras.Sequential([keras.Input((2, 2, 3)), inner])
-
+    path = weights_file(tmp_path / "w.h5", inner="b/gamma b/beta a/gamma a/beta")
     a, b, c = (FilterResponseNormalization(name=name) for name in "abc")
-    load_addons_weights(model_of(a, b), path)
-    assert [float(numpy(w)[0]) for w in (*b.weights, *a.weights)] == [0, 1, 2, 3]
+    load_addons_weights(model_of(model_of(a, b, name="inner")), path)
+    assert firsts(b, a) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match=r"'inner' has the weights .*the names and the order"):
+        load_addons_weights(model_of(model_of(b, c, name="inner")), path)
+    path = weights_file(tmp_path / "w.h5", b="b/gamma b/beta", a="a/beta a/gamma")
+    load_addons_weights(model_of(a, b), path)
+    assert firsts(b, a) == [0, 1, 3, 2]
+    with pytest.raises(ValueError, match=r"'c' has the weights .*the names and the order"):
         load_addons_weights(model_of(b, c), path)
+
+
+def test_trainable_weights_come_first_where_names_do_not_tell(tmp_path):
+    names = "td/gamma td/beta td/alpha td/moving_mean td/moving_variance"
+    layers = [keras.layers.BatchNormalization(name="n"), keras.layers.PReLU(name="p")]
+    inner = keras.Sequential([keras.Input((3,)), *layers])
+    model = keras.Sequential([keras.Input((2, 3)), keras.layers.TimeDistributed(inner, name="td")])
+    load_addons_weights(model, weights_file(tmp_path / "w.h5", td=names))
+    assert firsts(*layers) == [0, 1, 3, 4, 2]
+
+
+def test_weights_that_no_layer_has_are_not_forgotten(tmp_path):
+    path = weights_file(tmp_path / "w.h5", n="n/gamma n/beta")
+    model = model_of(FilterResponseNormalization(name="n"))
+    model.scale = model.add_weight(shape=(), name="scale")
+    with pytest.raises(ValueError, match="weights outside of its layers"):
+        load_addons_weights(model, path)
 
 
 def test_weights_that_do_not_fit_change_nothing():
@@ -377,6 +411,39 @@ def test_a_graph_that_goes_in_a_circle_is_refused():
     config = {"layers": [node], "input_layers": ["a", 0, 0], "output_layers": ["a", 0, 0]}
     with pytest.raises(ValueError, match=r"Functional 'm' .*recursion"):
         Builder().revive({"class_name": "Functional", "config": {"name": "m", **config}})
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "expected"),
+    [
+        ("nn.silu", {"beta": 2.0}, lambda x: x / (1 + np.exp(-2 * x))),
+        ("nn.relu", {}, lambda x: np.maximum(x, 0)),
+        ("math.pow", {"y": 2.0}, lambda x: x**2),
+        (
+            "clip_by_value",
+            {"clip_value_min": -1.0, "clip_value_max": 0.5},
+            lambda x: x.clip(-1, 0.5),
+        ),
+        ("nn.gelu", {}, lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2),
+        (
+            "math.reduce_max",
+            {"axis": [1, 2], "keepdims": True},
+            lambda x: x.max((1, 2), keepdims=True),
+        ),
+        ("transpose", {"perm": [0, 3, 1, 2]}, lambda x: x.transpose(0, 3, 1, 2)),
+    ],
+)
+def test_functions_of_tensorflow(function, options, expected, rng):
+    x = keras.Input((2, 3, 4))
+    model = keras.Model(x, call_operator(function, "name", x, options))
+    value = rng.normal(size=(2, 2, 3, 4)).astype("float32")
+    close(numpy(model(value)), expected(value), 1e-5)
+
+
+def test_other_functions_of_tensorflow_are_refused():
+    for function in ("math.cumsum", "sparse.add", "io.read_file"):
+        with pytest.raises(ValueError, match=f"calls '{function}', which has no counterpart"):
+            call_operator(function, None, keras.Input((2,)), {"y": 1.0})
 
 
 def test_statistics_of_normalization_are_used_at_once():

@@ -12,7 +12,8 @@ _OPERATIONS = {
     **{name: getattr(ops, name) for name in (*_MERGES, *_ACTIVATIONS, *_SAME_NAME.split())},
     **{f"reduce_{name}": getattr(ops, name) for name in ("max", "mean", "min", "prod", "std")},
     **{"reduce_sum": ops.sum, "reduce_variance": ops.var, "truediv": ops.true_divide},
-    **{"clip_by_value": ops.clip, "identity": lambda x: x, "pow": ops.power, "swish": ops.silu},
+    **{"clip_by_value": ops.clip, "identity": lambda x: x, "pow": ops.power},
+    **dict.fromkeys(("silu", "swish"), lambda x, beta=1.0: ops.silu(beta * x) / beta),
     **{"concat": ops.concatenate, "getitem": lambda x, slice_spec: x[_index(slice_spec)]},
 }
 _ARGUMENTS = {"alpha": "negative_slope", "perm": "axes", "shape": "newshape"}
