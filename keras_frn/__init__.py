@@ -3,12 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import legacy, ops  # noqa: F401  (legacy registers what migrated files need)
+from . import ops
+from .addons import legacy  # noqa: F401  (registers what migrated files need)
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 if TYPE_CHECKING:
     from . import callbacks, models
-    from .addons import load_addons_model, load_addons_weights
+    from .addons.loading import load_addons_model, load_addons_weights
     from .conversion import ConversionReport, replace_batch_normalization
     from .export import ExportReport, export_tflite
 
@@ -34,8 +35,8 @@ _HOMES = {
     "ConversionReport": "conversion",
     "ExportReport": "export",
     "export_tflite": "export",
-    "load_addons_model": "addons",
-    "load_addons_weights": "addons",
+    "load_addons_model": "addons.loading",
+    "load_addons_weights": "addons.loading",
     "replace_batch_normalization": "conversion",
 }
 

@@ -74,12 +74,15 @@ def _demo(arguments):
 
 
 def _inspect(arguments):
+    _print_layers(_load(arguments.model))
+
+
+def _print_layers(model):
     import keras
 
     from . import graph
     from .layers import TLU, FilterResponseNormalization
 
-    model = _load(arguments.model)
     kinds = (FilterResponseNormalization, TLU)
     layers = [layer for layer in graph.layers(model) if isinstance(layer, kinds)]
     print(f"{model.name}: {len(layers)} FRN and TLU layers, {model.count_params():,} parameters")
@@ -110,11 +113,7 @@ def _export(arguments):
 def _convert(arguments):
     from .conversion import replace_batch_normalization
 
-    output = Path(arguments.output)
-    if output.suffix != ".keras":
-        raise ValueError(
-            f"`output` must end in .keras. Received: output={str(output)!r}. Call it frn.keras."
-        )
+    output = _new_keras_file(arguments.output)
     model, report = replace_batch_normalization(
         _load(arguments.model),
         _array(arguments.calibration),
@@ -123,26 +122,43 @@ def _convert(arguments):
         return_report=True,
     )
     print(report)
+    _write(model, output)
+
+
+def _migrate(arguments):
+    from .addons.loading import load_addons_model
+
+    output, inputs = _new_keras_file(arguments.output), _array(arguments.check)
+    model = load_addons_model(arguments.model, arguments.weights, arguments.tau)
+    _print_layers(model)
+    if inputs is not None:
+        print(model.predict(inputs, verbose=0))
+    _write(model, output)
+
+
+def _write(model, output):
+    """Writes a model, which appears when it has been read again and its weights are the same."""
+    import numpy as np
+
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.keras")
     try:
         model.save(temporary)
+        written = _load(temporary).get_weights()
+        for weight, value in zip(model.get_weights(), written, strict=True):
+            if not np.array_equal(weight, value, equal_nan=True):
+                raise ValueError(f"{output}: a weight was not written as it is. Nothing is left.")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {output}")
 
 
-def _migrate(arguments):
-    from .addons import migrate
-
-    inputs = _array(arguments.check)
-    model, findings = migrate(
-        arguments.model, arguments.output, weights=arguments.weights, tau=arguments.tau
-    )
-    print("\n".join(findings))
-    if inputs is not None:
-        print(model.predict(inputs, verbose=0))
-    print(f"wrote {arguments.output}")
+def _new_keras_file(path):
+    if not path.endswith(".keras"):
+        raise ValueError(
+            f"`output` must end in .keras. Received: output={path!r}. Call it frn.keras."
+        )
+    return Path(path)
 
 
 def _load(path):

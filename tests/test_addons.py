@@ -1,6 +1,6 @@
 import contextlib
-import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -19,9 +19,9 @@ from backends import BACKEND, float64_enabled, gradients, numpy
 from keras import ops
 from reference import close
 
-from keras_frn import TLU, FilterResponseNormalization
-from keras_frn import _addons_config as configs
-from keras_frn.addons import describe, load_addons_model, load_addons_weights, migrate
+from keras_frn import TLU, FilterResponseNormalization, load_addons_model, load_addons_weights
+from keras_frn.addons.config import Builder
+from keras_frn.addons.operators import call_operator
 
 MODELS = Path(__file__).parent / "addons_models"
 FILES = ("model.h5", "model.keras", "saved_model.zip", "legacy_weights.h5", "v3.weights.h5", "ckpt")
@@ -33,7 +33,7 @@ CASES = sorted(
 )
 # The models were trained and saved by other programs, and numbered after them.
 TRAINED = sorted(c for c in CASES if "loss_next" in np.load(MODELS / c.split("/")[0] / "io.npz"))
-WITH_STATE = [c for c in TRAINED if c.endswith(("model.h5", "model.keras", "saved_model.zip"))]
+COMPILED = [c for c in TRAINED if c.endswith(("model.h5", "model.keras", "saved_model.zip"))]
 
 
 def load(case, **options):
@@ -78,15 +78,12 @@ def tolerance_of(folder):
     return 2e-3 if folder in ("mixed_float16", "half") else 2e-5
 
 
-@pytest.mark.filterwarnings("ignore:The optimizer state in the file was not loaded")
-@pytest.mark.filterwarnings("ignore:The model is not compiled")
-@pytest.mark.filterwarnings("ignore:Layers ..sc., .sf., .st.. were shared between models")
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_gradients_losses_and_names_are_those_of_addons(case):
     folder = case.split("/")[0]
     io, xs, ys, gxs = expected_of(case)
     with float64_enabled() if folder == "float64" else contextlib.nullcontext():
-        model = load(case)
+        model = load(case, compile=False)
         dtype = "float64" if folder == "float64" else "float32"
         expected = np.concatenate([np.ravel(y) for y in ys]).astype(dtype)
 
@@ -113,33 +110,40 @@ def test_outputs_gradients_losses_and_names_are_those_of_addons(case):
             assert trainable == int(io["trainable"])
 
 
-@pytest.mark.parametrize("case", WITH_STATE)
-def test_training_goes_on_with_the_next_step(case):
+@pytest.mark.parametrize("case", COMPILED)
+def test_the_model_is_compiled_as_it_was_with_an_optimizer_that_starts_fresh(case):
     io, xs, _, _ = expected_of(case)
     if "addons_lamb" in case:
-        with expecting("optimizer 'Addons>LAMB' is not one that Keras 3 has"):
+        with expecting("not compiled, as Keras 3 refuses how it was: Addons>LAMB"):
             assert not load(case).compiled
         return
-    with expecting():
+    with expecting("starts fresh"):
         model = load(case)
-    x = io.get("xb", xs[0])
-    # The rounding of a forward pass, and of a step: Adam's m / sqrt(v) is of the size of 1.
+    assert int(numpy(model.optimizer.iterations)) == 0
+    # The loss before the step has nothing to do with the state of the optimizer.
+    loss = model.train_on_batch(io.get("xb", xs[0]), io["yb"], return_dict=True)["loss"]
     tolerance = 2e-3 if case.startswith("half") else 2e-5
-    loss = model.train_on_batch(x, io["yb"], return_dict=True)["loss"]
     assert float(loss) == pytest.approx(float(io["loss_next"]), abs=tolerance)
-    close(numpy(model(xs[0])), io["y_next"], tolerance)
 
 
-def test_the_optimizer_state_is_what_decides_the_next_step():
-    io, xs, _, _ = expected_of("adam")
-    model = load("adam/model.h5")
-    for variable in model.optimizer.variables:
-        if "velocity" in variable.path:
-            variable.assign(variable * 4.0)
-    model.train_on_batch(xs[0], io["yb"])
-    assert np.max(np.abs(numpy(model(xs[0])) - io["y_next"])) > 1e-3
+@pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
+def test_optimizers_keep_their_kind_rates_and_options():
+    adam = load("adam/model.h5").optimizer
+    assert isinstance(adam, keras.optimizers.Adam)
+    assert isinstance(adam._learning_rate, keras.optimizers.schedules.ExponentialDecay)
+    assert (adam.amsgrad, adam.use_ema, adam.ema_momentum) == (True, True, 0.9)
+    old = load("old_sgd/saved_model.zip").optimizer
+    assert (old.momentum, old.nesterov) == (pytest.approx(0.9), True)
+    # `decay` of Keras 2 divides the rate by 1 + decay * steps.
+    assert float(numpy(old._learning_rate(10))) == pytest.approx(0.05 / (1 + 0.1 * 10))
+    rmsprop = load("rmsprop/model.keras").optimizer
+    assert (rmsprop.momentum, rmsprop.centered) == (0.5, True)
+    assert float(numpy(rmsprop.learning_rate)) == pytest.approx(0.01)
+    half = load("half/model.h5")
+    assert isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
+@pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 def test_a_loaded_model_is_saved_and_reloaded_without_anything_special(tmp_path):
     _, xs, _, _ = expected_of("nested_frozen")
     model = load("nested_frozen/model.keras")
@@ -148,7 +152,6 @@ def test_a_loaded_model_is_saved_and_reloaded_without_anything_special(tmp_path)
         reloaded = keras.saving.load_model(tmp_path / "new.keras")
     assert np.array_equal(numpy(model(xs[0])), numpy(reloaded(xs[0])))
     assert [w.path for w in reloaded.weights] == [w.path for w in model.weights]
-    assert int(numpy(reloaded.optimizer.iterations)) == 3
 
 
 def test_frozen_weights_stay_frozen():
@@ -213,32 +216,6 @@ def test_constraints_act_on_the_new_shapes_as_on_the_old(rng):
     close(numpy(layer.beta_constraint(ops.convert_to_tensor(w))), together, 1e-6)
 
 
-def test_a_model_that_was_compiled_and_not_trained_has_no_state_to_keep(tmp_path):
-    path = tmp_path / "untrained.h5"
-    shutil.copy(MODELS / "frn_tlu" / "model.h5", path)
-    with h5py.File(path, "r+") as file:
-        tau = file["model_weights/tlu/tlu/tau:0"]
-        tau[...] = np.zeros(tau.shape)
-        state = file["optimizer_weights"]
-        state.attrs["weight_names"] = np.array([b"iteration:0"])
-    with expecting("only its"):
-        model = load_addons_model(path)
-    assert model.get_layer("tlu").axis == -1
-    assert model.get_layer("tlu_1").axis == (1, 2, 3)
-
-
-def test_state_of_a_threshold_keeps_its_positions():
-    model = load("frn_tlu/model.h5")
-    path = MODELS / "frn_tlu" / "model.h5"
-    with h5py.File(path) as file:
-        m = file["optimizer_weights/Adam/m/tlu/tau:0"][()]
-    (mine,) = [v for v in model.optimizer.variables if v.path.endswith("tlu_tau_momentum")]
-    assert np.array_equal(numpy(mine), m)
-    with expecting("starts anew for"):
-        forced = load("frn_tlu/model.h5", tau="per_channel_mean")
-    assert forced.get_layer("tlu").tau.shape == (4,)
-
-
 # Weights into a model of one's own
 
 
@@ -259,21 +236,83 @@ def own_model(axis=(1, 2, 3)):
 
 
 @pytest.mark.parametrize("name", ["model.h5", "model.keras", "saved_model.zip", "ckpt"])
-@pytest.mark.filterwarnings("ignore:The optimizer state in the file was not loaded")
 def test_weights_load_into_a_model_built_in_code(name):
-    io, xs, ys, _ = expected_of("frn_tlu")
+    _, xs, ys, _ = expected_of("frn_tlu")
     model = own_model()
     load_addons_weights(model, MODELS / "frn_tlu" / name)
     close(numpy(model(xs[0])), ys[0], 2e-5)
-    compiled = own_model()
-    compiled.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy")
-    load_addons_weights(compiled, MODELS / "frn_tlu" / name)
-    compiled.train_on_batch(io.get("xb", xs[0]), io["yb"])
-    if name != "ckpt":  # written before training
-        close(numpy(compiled(xs[0])), io["y_next"], 2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The optimizer state in the file was not loaded")
+def test_a_checkpoint_is_named_in_three_ways():
+    _, xs, ys, _ = expected_of("frn_tlu")
+    for name in ("ckpt", "ckpt/ckpt", "ckpt/ckpt.index"):
+        model = own_model()
+        load_addons_weights(model, str(MODELS / "frn_tlu" / name))
+        close(numpy(model(xs[0])), ys[0], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["model.h5", "model.keras", "saved_model.zip", "ckpt"])
+def test_a_file_with_more_layers_than_the_model_is_refused(name):
+    model = keras.Sequential(own_model().layers[:-1])
+    model.build((None, 6, 6, 3))
+    with pytest.raises(ValueError, match="layers"):
+        load_addons_weights(model, MODELS / "frn_tlu" / name)
+
+
+def weights_file(path, **layers):
+    """An .h5 file of weights (3,), full of 0, 1, 2, ... in the order of their names."""
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        number = 0
+        for layer, names in layers.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [f"{name}:0".encode() for name in names.split()]
+            for name in names.split():
+                group[f"{name}:0"] = np.full(3, number, "f4")
+                number += 1
+    return path
+
+
+def model_of(*layers, **options):
+    return keras.Sequential([keras.Input((2, 2, 3)), *layers], **options)
+
+
+def firsts(*layers):
+    return [float(numpy(weight)[0]) for layer in layers for weight in layer.weights]
+
+
+def test_weights_of_one_shape_are_never_swapped(tmp_path):
+    """Keras 2 wrote the weights of frozen layers last, here those of `a`."""
+    path = weights_file(tmp_path / "w.h5", inner="b/gamma b/beta a/gamma a/beta")
+    a, b, c = (FilterResponseNormalization(name=name) for name in "abc")
+    load_addons_weights(model_of(model_of(a, b, name="inner")), path)
+    assert firsts(b, a) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"'inner' has the weights .*the names and the order"):
+        load_addons_weights(model_of(model_of(b, c, name="inner")), path)
+    path = weights_file(tmp_path / "w.h5", b="b/gamma b/beta", a="a/beta a/gamma")
+    load_addons_weights(model_of(a, b), path)
+    assert firsts(b, a) == [0, 1, 3, 2]
+    with pytest.raises(ValueError, match=r"'c' has the weights .*the names and the order"):
+        load_addons_weights(model_of(b, c), path)
+
+
+def test_trainable_weights_come_first_where_names_do_not_tell(tmp_path):
+    names = "td/gamma td/beta td/alpha td/moving_mean td/moving_variance"
+    layers = [keras.layers.BatchNormalization(name="n"), keras.layers.PReLU(name="p")]
+    inner = keras.Sequential([keras.Input((3,)), *layers])
+    model = keras.Sequential([keras.Input((2, 3)), keras.layers.TimeDistributed(inner, name="td")])
+    load_addons_weights(model, weights_file(tmp_path / "w.h5", td=names))
+    assert firsts(*layers) == [0, 1, 3, 4, 2]
+
+
+def test_weights_that_no_layer_has_are_not_forgotten(tmp_path):
+    path = weights_file(tmp_path / "w.h5", n="n/gamma n/beta")
+    model = model_of(FilterResponseNormalization(name="n"))
+    model.scale = model.add_weight(shape=(), name="scale")
+    with pytest.raises(ValueError, match="weights outside of its layers"):
+        load_addons_weights(model, path)
+
+
 def test_weights_that_do_not_fit_change_nothing():
     model = own_model(axis=-1)
     before = [numpy(w).copy() for w in model.weights]
@@ -288,41 +327,6 @@ def test_weights_that_do_not_fit_change_nothing():
     with h5py.File(path) as file:
         stored = file["model_weights/tlu/tlu/tau:0"][()]
     close(numpy(model.layers[2].tau), stored.mean((0, 1), dtype="float64"), 1e-7)
-
-
-def test_state_of_another_optimizer_is_not_taken():
-    model = own_model()
-    model.compile("rmsprop", "sparse_categorical_crossentropy")
-    with expecting("state of Adam was not loaded, as the model has RMSprop"):
-        load_addons_weights(model, MODELS / "frn_tlu" / "model.h5")
-    assert int(numpy(model.optimizer.iterations)) == 0
-    with expecting("was not loaded, as the model is not compiled"):
-        load_addons_weights(own_model(), MODELS / "frn_tlu" / "model.h5")
-
-
-def test_state_from_before_keras_2_11_loads_into_a_model_built_in_code():
-    io, xs, _, _ = expected_of("old_adam_tf28")
-    for name in ("model.h5", "saved_model.zip"):
-        model = load(f"old_adam_tf28/{name}", compile=False)
-        model.compile(keras.optimizers.Adam(0.01, amsgrad=True), "mse")
-        with expecting():
-            load_addons_weights(model, MODELS / "old_adam_tf28" / name)
-        model.train_on_batch(xs[0], io["yb"])
-        close(numpy(model(xs[0])), io["y_next"], 2e-5)
-
-
-def test_a_training_config_that_makes_no_sense_leaves_the_model_uncompiled(tmp_path):
-    path = tmp_path / "changed.h5"
-    shutil.copy(MODELS / "frn_tlu" / "model.h5", path)
-    with h5py.File(path, "r+") as file:
-        config = json.loads(file.attrs["training_config"])
-        config["optimizer_config"]["config"]["learning_rate"] = "fast"
-        config["metrics"] = [{"class_name": "AUC", "config": {"num_thresholds": 10**9}}]
-        file.attrs["training_config"] = json.dumps(config)
-    with expecting("metrics are left out: 'AUC' is larger", "model is not compiled"):
-        model = load_addons_model(path)
-    _, xs, ys, _ = expected_of("frn_tlu")
-    close(numpy(model(xs[0])), ys[0], 2e-5)
 
 
 def test_gamma_and_beta_of_one_shape_are_not_confused():
@@ -343,7 +347,7 @@ def test_gamma_and_beta_of_one_shape_are_not_confused():
         ((keras.Sequential([keras.layers.Dense(2)]), "x"), "`model` must be a built"),
         (("no model", "x"), "`model` must be a built"),
         ((own_model(), "x", "per_channel"), "`tau` must be 'auto' or"),
-        ((own_model(), "/nowhere"), "no such file"),
+        ((own_model(), "/nowhere"), "No such file"),
     ],
 )
 def test_bad_arguments_of_load_addons_weights(arguments, message):
@@ -369,45 +373,77 @@ def our_layer(layers):
     return next(v for v in layers if v["class_name"].startswith("Addons>"))
 
 
-def test_an_epsilon_of_zero_becomes_the_smallest_with_a_warning(tmp_path):
-    def change(layers):
-        our_layer(layers)["config"].update(epsilon=0, learned_epsilon=False)
-
-    path = h5_with(tmp_path, change, "frn_tlu")
-    with expecting("has epsilon=0"):
-        model = load_addons_model(path)
-    (layer,) = [v for v in model.layers if isinstance(v, FilterResponseNormalization)][:1]
-    assert layer.epsilon == float(np.finfo("float32").tiny)
-
-
-def test_every_layer_of_keras_2_is_made_or_refused():
+def test_every_layer_of_keras_2_is_built_or_refused():
     """The configs that Keras 2.15 gives its own layers."""
     refused = set()
     for kind, config in json.loads((MODELS / "layer_configs.json").read_text()).items():
-        layer = {"class_name": kind, "config": config}
-        model = {"class_name": "Sequential", "config": {"name": "m", "layers": [layer]}}
-        message = ""
-        try:
-            configs.build(model, 10**6)
-        except ValueError as error:
-            message = str(error)
-        # Without an input shape nothing is built, so this is how far a known layer comes.
-        if message and "before it was built" not in message and kind != "InputLayer":
-            assert f"({kind}) " in message
-            assert "load_addons_weights" in message
+        layer = None
+        with contextlib.suppress(ValueError):
+            layer = Builder().revive({"class_name": kind, "config": config})
+        if not isinstance(layer, keras.Layer):
             refused.add(kind)
-    bases = {"AbstractRNNCell", "Wrapper"}
-    tables = {"StringLookup", "IntegerLookup", "TextVectorization", "Hashing", "HashedCrossing"}
+    tables = {"StringLookup", "IntegerLookup", "TextVectorization"}
     gone = {"LocallyConnected1D", "LocallyConnected2D", "RandomHeight", "RandomWidth"}
-    assert refused == bases | tables | gone
+    assert refused == {"AbstractRNNCell"} | tables | gone
 
 
-def test_what_two_models_share_is_copied_with_a_warning():
-    with expecting("['sc', 'sf', 'st'] were shared between models, which have copies now"):
-        model = load("shared_across/ckpt")
-    a, b = (model.get_layer(name).get_layer("sf") for name in "ab")
-    assert a is not b
-    assert np.array_equal(numpy(a.gamma), numpy(b.gamma))
+def test_an_argument_that_keras_3_has_not_is_refused_where_it_matters(tmp_path):
+    def change(layers):
+        config = {"name": "d", "kernel_size": [1, 1], "groups": 2}
+        layers.insert(1, {"class_name": "DepthwiseConv2D", "config": config})
+
+    with pytest.raises(ValueError, match="DepthwiseConv2D 'd' has groups=2"):
+        load_addons_model(h5_with(tmp_path, change))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(-1e-3, 1e-3), (0, 2.0**-126)])
+def test_epsilon_becomes_positive(tmp_path, given, expected):
+    def change(layers):
+        our_layer(layers)["config"].update(epsilon=given, learned_epsilon=False)
+
+    model = load_addons_model(h5_with(tmp_path, change, "frn_tlu"), compile=False)
+    ours = next(v for v in model.layers if isinstance(v, FilterResponseNormalization))
+    assert ours.epsilon == expected
+
+
+def test_a_graph_that_goes_in_a_circle_is_refused():
+    node = {"class_name": "ReLU", "config": {"name": "a"}, "inbound_nodes": [[["a", 0, 0, {}]]]}
+    config = {"layers": [node], "input_layers": ["a", 0, 0], "output_layers": ["a", 0, 0]}
+    with pytest.raises(ValueError, match=r"Functional 'm' .*recursion"):
+        Builder().revive({"class_name": "Functional", "config": {"name": "m", **config}})
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "expected"),
+    [
+        ("nn.silu", {"beta": 2.0}, lambda x: x / (1 + np.exp(-2 * x))),
+        ("nn.relu", {}, lambda x: np.maximum(x, 0)),
+        ("math.pow", {"y": 2.0}, lambda x: x**2),
+        (
+            "clip_by_value",
+            {"clip_value_min": -1.0, "clip_value_max": 0.5},
+            lambda x: x.clip(-1, 0.5),
+        ),
+        ("nn.gelu", {}, lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2),
+        (
+            "math.reduce_max",
+            {"axis": [1, 2], "keepdims": True},
+            lambda x: x.max((1, 2), keepdims=True),
+        ),
+        ("transpose", {"perm": [0, 3, 1, 2]}, lambda x: x.transpose(0, 3, 1, 2)),
+    ],
+)
+def test_functions_of_tensorflow(function, options, expected, rng):
+    x = keras.Input((2, 3, 4))
+    model = keras.Model(x, call_operator(function, "name", x, options))
+    value = rng.normal(size=(2, 2, 3, 4)).astype("float32")
+    close(numpy(model(value)), expected(value), 1e-5)
+
+
+def test_other_functions_of_tensorflow_are_refused():
+    for function in ("math.cumsum", "sparse.add", "io.read_file"):
+        with pytest.raises(ValueError, match=f"calls '{function}', which has no counterpart"):
+            call_operator(function, None, keras.Input((2,)), {"y": 1.0})
 
 
 def test_statistics_of_normalization_are_used_at_once():
@@ -433,22 +469,22 @@ def test_statistics_of_normalization_are_used_at_once():
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("Lambda", ["holds Python code", "load_addons_weights"]),
-        ("Addons>WeightNormalization", ["TensorFlow Addons", "custom_objects"]),
-        ("LocallyConnected2D", ["Keras 3 has not", "load_addons_weights"]),
-        ("Mystery", ["is not known", "custom_objects={'Mystery': its class}"]),
-        ("TFSMLayer", ["is not known"]),
-        ("StringLookup", ["has a table"]),
-        ("os.system", ["is not known"]),
+        ("Lambda", ["holds code, which is never run", "load_addons_weights"]),
+        ("Addons>WeightNormalization", ["is not in Keras 3", "custom_objects"]),
+        ("LocallyConnected2D", ["is not in Keras 3", "load_addons_weights"]),
+        ("Mystery", ["is not in Keras 3", "custom_objects={'Mystery': its class}"]),
+        ("TFSMLayer", ["holds code", "load_addons_weights"]),
+        ("StringLookup", ["is not read"]),
+        ("os.system", ["is not in Keras 3"]),
     ],
 )
 def test_other_layers_are_refused_with_their_name_and_a_remedy(tmp_path, kind, words):
     def change(layers):
         our_layer(layers).update(class_name=kind)
 
-    with pytest.raises(ValueError, match="layer '") as error:
+    with pytest.raises(ValueError, match=f"{kind} 'filter_response_normalization' ") as error:
         load_addons_model(h5_with(tmp_path, change))
-    for word in [*words, kind.rpartition(">")[2], "filter_response_normalization"]:
+    for word in words:
         assert word in str(error.value)
 
 
@@ -465,20 +501,20 @@ def test_custom_objects_are_used(tmp_path):
     _, xs, ys, _ = expected_of("frn_default")
     model = load_addons_model(path, custom_objects={"Twice": Twice})
     close(numpy(model(xs[0])), 2 * ys[0], 2e-5)
-    with pytest.raises(ValueError, match=r"'mine' .Twice. is not known"):
+    with pytest.raises(ValueError, match="Twice 'mine' is not in Keras 3"):
         load_addons_model(path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"path": MODELS / "frn_default" / "model.json"}, "`weights` must be given"),
-        ({"path": MODELS / "frn_default" / "ckpt"}, "`path` must hold a model"),
-        ({"path": MODELS / "frn_learned_eps" / "export.zip"}, "`path` must hold a model"),
+        ({"path": MODELS / "frn_default" / "model.json"}, "its config and its weights"),
+        ({"path": MODELS / "frn_default" / "ckpt"}, "its config and its weights"),
+        ({"path": MODELS / "frn_learned_eps" / "export.zip"}, "its config and its weights"),
         ({"path": MODELS / "frn_default" / "model.h5", "tau": "mean"}, "`tau` must be one of"),
-        ({"path": "/nowhere/model.h5"}, "no such file"),
+        ({"path": "/nowhere/model.h5"}, "No such file"),
         ({"path": MODELS / "make.py"}, "neither HDF5, zip, JSON"),
-        ({"path": MODELS}, "neither a saved_model.pb nor one checkpoint"),
+        ({"path": MODELS}, "find 'checkpoint' file or checkpoints"),
     ],
 )
 def test_bad_arguments_of_load_addons_model(arguments, message):
@@ -493,122 +529,44 @@ def test_files_of_keras_3_are_left_to_keras(tmp_path):
         load_addons_model(tmp_path / "new.keras")
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="needs another backend; once is enough")
+def test_hdf5_needs_no_tensorflow():
+    code = (
+        "import sys\n"
+        "sys.modules['tensorflow'] = None\n"  # an import of it would fail
+        "import keras_frn\n"
+        f"for name in ('model.h5', 'model.keras'):\n"
+        f"    keras_frn.load_addons_model({str(MODELS / 'nested_functional')!r} + '/' + name)\n"
+    )
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 # Safety
-
-
-@pytest.fixture(scope="module")
-def fuzz():
-    path = Path(__file__).parent.parent / "benchmarks" / "fuzz_addons.py"
-    spec = importlib.util.spec_from_file_location("fuzz_addons", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """The folder of temporary files, which has to be empty at the end."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    yield folder
-    assert not any(folder.iterdir())
-
-
-def attempt(path):
-    """Loads a file, or gets a ValueError."""
-    model = path.split("--")[1] if "--" in path else "frn_default"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if os.path.isdir(path):
-                load_addons_model(MODELS / model / "model.json", weights=path)
-            elif path.endswith("model.json"):
-                load_addons_model(path, weights=MODELS / model / "ckpt")
-            else:
-                load_addons_model(path)
-        except ValueError as error:
-            return str(error)
-    return None
-
-
-def test_hostile_files_are_refused(fuzz, tmp_path, temporary):
-    folder = tmp_path / "hostile"
-    folder.mkdir()
-    messages = {name: attempt(path) for _, name, path in fuzz.hostile(folder)}
-    # Members outside the folder are not looked at: nothing is wrong with the rest of this file.
-    assert messages.pop("path traversal.zip") is None
-    assert not (tmp_path / "escaped").exists()
-    assert not Path("/tmp/escaped").exists()
-    for name, message in messages.items():
-        assert message, name
-        assert "Received: " in message
-    assert "claims 268435456 bytes" in messages["zip bomb"]
-    assert "larger weights than the file" in messages["wide layer"]
-    assert "larger weights than the file" in messages["huge statistics"]
-    assert "too deep" in messages["deep brackets"]
-    assert "called more than" in messages["exponential calls"]
-    assert "time steps" in messages["endless steps"]
-
-
-def test_damaged_files_load_or_raise_value_error(fuzz, tmp_path, temporary):
-    folder = tmp_path / "mutated"
-    folder.mkdir()
-    outcomes = [attempt(path) for _, _, path in fuzz.mutated(folder, 80, seed=11)]
-    assert len(outcomes) == 80
-    assert 20 < sum(message is not None for message in outcomes) < 80
-
-
-@pytest.mark.parametrize(
-    "case", ["frn_tlu/model.h5", "frn_tlu/model.keras", "frn_tlu/saved_model.zip"]
-)
-def test_truncated_files_are_refused(case, tmp_path, temporary):
-    data = (MODELS / case).read_bytes()
-    for part in (0, 1, 10, len(data) // 3, len(data) // 2, len(data) - 30):
-        path = tmp_path / "cut"
-        path.write_bytes(data[:part])
-        with pytest.raises(ValueError, match="Received: path="):
-            load_addons_model(path)
-
-
-def test_a_checkpoint_with_one_changed_bit_is_refused(tmp_path):
-    shutil.copytree(MODELS / "frn_tlu" / "ckpt", tmp_path / "ckpt")
-    path = tmp_path / "ckpt" / "ckpt.data-00000-of-00001"
-    path.chmod(0o600)
-    data = bytearray(path.read_bytes())
-    data[100] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="does not match its checksum"):
-        load_addons_model(MODELS / "frn_tlu" / "model.json", weights=tmp_path / "ckpt")
 
 
 def test_links_out_of_an_h5_file_are_refused(tmp_path):
     secret = tmp_path / "secret.h5"
     with h5py.File(secret, "w") as file:
         file["x"] = np.ones((1, 1, 1, 4), "f4")
-    ways = {
-        "link": lambda file, name: file.__setitem__(name, h5py.ExternalLink(str(secret), "/x")),
-        "another file": lambda file, name: file.create_dataset(
-            name, (1, 1, 1, 4), "f4", external=[(str(secret), 0, 16)]
-        ),
-    }
+
+    def link(file, name):
+        file[name] = h5py.ExternalLink(str(secret), "/x")
+
+    def outside(file, name):
+        file.create_dataset(name, (1, 1, 1, 4), "f4", external=[(str(secret), 0, 16)])
+
     name = "model_weights/filter_response_normalization/filter_response_normalization/gamma:0"
-    for words, way in ways.items():
+    for way in (link, outside):
         path = tmp_path / "linked.h5"
         shutil.copy(MODELS / "frn_tlu" / "model.h5", path)
         path.chmod(0o600)
         with h5py.File(path, "r+") as file:
             del file[name]
             way(file, name)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match="gamma:0' is no array in this file"):
             load_addons_model(path)
-
-
-def test_a_file_that_sends_the_hdf5_library_in_circles_comes_to_an_end(tmp_path, monkeypatch):
-    """Its strings are in a heap that one changed byte makes endless."""
-    monkeypatch.setattr("keras_frn._addons_hdf5._TIMEOUT_S", 3)
-    with pytest.raises(ValueError, match="does not come to an end in 3 s"):
-        load_addons_model(MODELS / "endless.h5")
 
 
 def test_code_in_a_file_does_not_run(tmp_path):
@@ -624,7 +582,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
         config = {"name": "evil", "function": [packed, None, None], "function_type": "lambda"}
         layers.append({"class_name": "Lambda", "config": config})
 
-    with pytest.raises(ValueError, match=r"'evil' .Lambda. holds Python code"):
+    with pytest.raises(ValueError, match="Lambda 'evil' holds code"):
         load_addons_model(h5_with(tmp_path, change))
 
     def activation(layers):
@@ -633,66 +591,9 @@ def test_code_in_a_file_does_not_run(tmp_path):
             {"class_name": "Activation", "config": {"name": "evil", "activation": function}}
         )
 
-    with pytest.raises(ValueError, match=r"'evil' .Activation."):
+    with pytest.raises(ValueError, match="__lambda__ None is not in Keras 3"):
         load_addons_model(h5_with(tmp_path, activation))
     assert not touched.exists()
-
-
-# The command line's part
-
-
-def test_migrate_writes_a_checked_file_and_says_what_was_in_it(tmp_path, temporary):
-    target = tmp_path / "new.keras"
-    model, report = migrate(MODELS / "reg_constr_init" / "model.h5", target)
-    _, xs, ys, _ = expected_of("reg_constr_init")
-    close(numpy(model(xs[0])), ys[0], 2e-5)
-    assert sorted(os.listdir(tmp_path)) == ["new.keras", "temporary"]
-    text = "\n".join(report)
-    assert "reg_constr_init" in text
-    assert "frn_rci: FilterResponseNormalization(epsilon=1e-05)" in text
-    assert "tlu_rci: TLU() tau (3, 3, 3), alpha (3, 3, 3)" in text
-    assert report == describe(keras.saving.load_model(target))
-
-
-def test_migrate_leaves_nothing_behind_where_it_fails(tmp_path, monkeypatch):
-    source = MODELS / "frn_default" / "model.h5"
-    with pytest.raises(ValueError, match=r"must end in \.keras"):
-        migrate(source, tmp_path / "new.h5")
-    with pytest.raises(ValueError, match="no such file"):
-        migrate(tmp_path / "missing.h5", tmp_path / "new.keras")
-    read = keras.saving.load_model
-
-    def other(*args, **kwargs):
-        model = read(*args, **kwargs)
-        model.weights[0].assign(model.weights[0] + 1.0)
-        return model
-
-    monkeypatch.setattr(keras.saving, "load_model", other)
-    with pytest.raises(ValueError, match="was not written as it was loaded"):
-        migrate(source, tmp_path / "new.keras")
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(BACKEND != "jax", reason="needs another backend; once is enough")
-def test_no_file_needs_tensorflow():
-    code = (
-        "import sys\n"
-        "sys.modules['tensorflow'] = None\n"  # an import of it would fail
-        "from keras_frn.addons import load_addons_model\n"
-        f"folder = {str(MODELS / 'nested_functional')!r}\n"
-        "for name in ('model.h5', 'model.keras', 'saved_model.zip'):\n"
-        "    print(load_addons_model(f'{folder}/{name}').name)\n"
-        "print(load_addons_model(f'{folder}/model.json', weights=f'{folder}/ckpt').name)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "KERAS_BACKEND": "jax"},
-        capture_output=True,
-        text=True,
-        cwd=MODELS.parent.parent,
-        check=False,
-    )
-    assert run.stdout.split() == ["nested_functional"] * 4, run.stderr[-2000:]
 
 
 def test_the_models_in_a_zip_and_in_its_folder_are_one(tmp_path):
@@ -702,8 +603,7 @@ def test_the_models_in_a_zip_and_in_its_folder_are_one(tmp_path):
     close(numpy(load_addons_model(str(tmp_path / "saved_model"))(xs[0])), ys[0], 2e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The state of Adam starts anew")
-@pytest.mark.filterwarnings("ignore:The optimizer state in the file was not loaded")
+@pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     text = (MODELS.parent.parent / "docs" / "migrating-from-addons.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
@@ -718,3 +618,13 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     close(numpy(names["model"](xs[0])), ys[0], 2e-5)
     close(numpy(keras.saving.load_model("new.keras")(xs[0])), ys[0], 2e-5)
     assert names["small"].get_layer("tlu").tau.shape == (4,)
+
+
+def test_importing_the_package_registers_what_migrated_files_need_and_loads_no_reader():
+    code = (
+        "import sys, keras, keras_frn\n"
+        "assert keras.saving.get_registered_object('keras_frn>hard_sigmoid_of_keras2')\n"
+        "print(sorted(name for name in sys.modules if name.startswith('keras_frn.addons')))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['keras_frn.addons', 'keras_frn.addons.legacy']"

@@ -79,6 +79,28 @@ def test_migrate_takes_the_choice_of_thresholds(tmp_path):
     assert ranks == [{1, 3}, {3}]  # one of two layers has a threshold that varies
 
 
+def test_nothing_is_left_where_a_written_weight_is_another(files, capsys, monkeypatch):
+    old = Path(__file__).with_name("addons_models") / "frn_default" / "model.h5"
+    before = sorted(files.iterdir())
+    other = keras.models.load_model(files / "bn.keras")
+    monkeypatch.setattr(cli, "_load", lambda path: other)
+    assert run("migrate", old, files / "new.keras") == 2
+    assert "was not written as it is" in capsys.readouterr().err
+    assert sorted(files.iterdir()) == before
+
+
+def test_migrate_prints_the_layers_and_the_outputs_for_a_check(tmp_path, capsys):
+    folder = Path(__file__).with_name("addons_models") / "frn_default"
+    with np.load(folder / "io.npz") as io:
+        np.save(tmp_path / "x.npy", io["x"])
+        expected = io["y"]
+    check = ("--check", tmp_path / "x.npy")
+    assert run("migrate", folder / "model.keras", tmp_path / "new.keras", *check) == 0
+    printed = capsys.readouterr().out
+    assert "FilterResponseNormalization, axis=-1" in printed
+    assert f"{expected.ravel()[0]:.4f}"[:5] in printed
+
+
 def test_migrate_refuses_what_is_no_such_file(files, capsys):
     assert run("migrate", files / "x.npy", files / "new.keras") == 2
     assert "x.npy" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_imports_of_the_package(path):
 
 # Each room imports from earlier rows only. `demo` and `cli` are what a user runs.
 ROOMS = [
-    {"compilation", "gradients", "legacy"},
+    {"compilation", "gradients"},
     {"ops"},
     {"layers"},
     {"graph"},
@@ -87,9 +87,8 @@ ROOMS = [
 
 
 def room(parts):
-    """A file or folder at the top of the package; `_addons_files` is part of `addons`."""
-    name = parts[0].removesuffix(".py")
-    return "addons" if name.startswith("_addons") else name
+    """A file or folder at the top of the package."""
+    return parts[0].removesuffix(".py")
 
 
 def imported_rooms(path):

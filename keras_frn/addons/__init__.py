@@ -1,0 +1,1 @@
+"""Files saved by TensorFlow Addons; `loading` has the public functions."""

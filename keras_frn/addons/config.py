@@ -1,0 +1,238 @@
+"""A model's config as Keras 2 wrote it becomes a Keras 3 model, with our layers for Addons' layers.
+
+Nothing in it is imported by name or run: names are those of Keras' classes or `custom_objects`.
+"""
+
+import dataclasses
+import inspect
+import itertools
+
+import keras
+import numpy as np
+
+from ..layers import TLU, FilterResponseNormalization
+from .legacy import hard_sigmoid_of_keras2
+from .operators import call_operator
+
+LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
+OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
+_BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
+_WITH_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
+_WITH_TABLE = ("StringLookup", "IntegerLookup", "TextVectorization")
+_RENAMED = {
+    ("InputLayer", "batch_input_shape"): "batch_shape",
+    ("LeakyReLU", "alpha"): "negative_slope",
+    ("ThresholdedReLU", "theta"): "threshold",
+}
+# Arguments that Keras 3 has not, and that do not change what is computed.
+_WITHOUT_EFFECT = frozenset(
+    """batch_input_shape batch_size fn fused implementation input_length is_legacy_optimizer
+    jit_compile kernel_initializer key_shape query_shape trainable value_shape""".split()  # noqa: SIM905
+)
+
+
+class _NamedError(ValueError):
+    """An error that says which layer it is about."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What becomes of a TLU: the axes of its weights, and how many stored values share one."""
+
+    axis: int | tuple = -1
+    positions: int = 1
+
+
+class Builder:
+    """Builds a model from its config; `thresholds` are those of each TLU, in order.
+
+    `tlus` are the TLU layers in order, `members` the layers of each model by its id, in the order
+    of the config. That is the order of the weights in a file, which Keras 3 may not keep."""
+
+    def __init__(self, thresholds=None):
+        self.thresholds = iter(thresholds or itertools.repeat(Thresholds()))
+        self.members, self.tlus = {}, []
+
+    def revive(self, value, homes=LAYERS, key=None):
+        """A value in a config, with the objects that it describes, from the modules `homes`."""
+        if isinstance(value, list):
+            return [self.revive(item, homes) for item in value]
+        if isinstance(value, str) and key != "name":
+            functions = {"hard_sigmoid": hard_sigmoid_of_keras2}
+            return keras.saving.get_registered_object(value, functions) or value
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("class_name")
+        if kind in ("__tuple__", "TensorShape"):
+            return tuple(self.revive(value["items"]))
+        if kind == "__ellipsis__":
+            return Ellipsis
+        if kind in ("__numpy__", "__tensor__") or value.get("type") == "ndarray":
+            array = value.get("config", value)
+            return np.asarray(array["value"], array["dtype"])
+        if kind == "function":
+            return self.revive(value["config"])
+        if kind == "Policy":
+            return keras.DTypePolicy(value["config"]["name"])
+        if not isinstance(kind, str) or "config" not in value:
+            return {k: self.revive(v, homes, k) for k, v in value.items()}
+        try:
+            return self._instance(value, homes)
+        except _NamedError:
+            raise
+        except Exception as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise _NamedError(f"{kind} {_name(value)!r} {message}") from error
+
+    def _instance(self, data, homes):
+        names = [data.get("registered_name"), data["class_name"]]
+        kind, config = data["class_name"].rpartition(">")[2], data["config"]
+        is_of_addons = any(str(name).startswith("Addons>") for name in names)
+        ours = {"FilterResponseNormalization": self._normalization, "TLU": self._threshold}
+        if is_of_addons and kind in ours:
+            return ours[kind](config)
+        for name in filter(None, [*names, kind]):
+            custom = keras.saving.get_registered_object(name)
+            if custom is not None:
+                return custom.from_config(self.revive(config, homes))
+        if kind in ("Functional", "Model"):
+            return self._functional(config)
+        if kind == "Sequential":
+            return self._sequential(config)
+        if kind.startswith("LossScaleOptimizer"):
+            inner = self.revive(config["inner_optimizer"], homes)
+            return keras.optimizers.LossScaleOptimizer(inner)
+        if kind == "MeanMetricWrapper":
+            kind = "".join(word.title() for word in config["fn"].split("_"))
+        known = "ReLU" if kind == "ThresholdedReLU" else kind
+        cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
+        if kind in _WITH_CODE:
+            raise ValueError(f"holds code, which is never run from a file. {_BY_CODE}")
+        if cls is None or kind in _WITH_TABLE or is_of_addons:
+            reason = f"is not in Keras 3. {_BY_CODE}" if cls is None else f"is not read. {_BY_CODE}"
+            raise ValueError(f"{reason}, or pass custom_objects={{{kind!r}: its class}}")
+        config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
+        return cls(**self._options(cls, config, homes))
+
+    def _options(self, cls, config, homes=LAYERS):
+        """The arguments of a class of Keras 3, from those of Keras 2."""
+        options, accepted = self.revive(config, homes), {*inspect.signature(cls).parameters}
+        if "kwargs" in accepted:  # which go to the base class
+            accepted |= {"name", "dtype", "trainable", "activity_regularizer"}
+        if options.get("reduction") == "auto":
+            options["reduction"] = "sum_over_batch_size"
+        if isinstance(options.get("axis"), list) and len(options["axis"]) == 1:
+            options["axis"] = options["axis"][0]
+        if options.get("decay") and isinstance(options["learning_rate"], float):
+            rate, decay = options["learning_rate"], options.pop("decay")
+            options["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(rate, 1, decay)
+        for key in options.keys() - accepted:
+            value = options.pop(key)
+            if key not in _WITHOUT_EFFECT and (value is True or value not in (None, False, 1)):
+                raise ValueError(f"has {key}={value!r}, which Keras 3 has not. {_BY_CODE}")
+        return {k: v for k, v in options.items() if (k, v) != ("name", None)}
+
+    # The layers of Addons
+
+    def _normalization(self, config):
+        if config["axis"] != [1, 2]:
+            raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
+        tiny = float(np.finfo("float32").tiny)  # instead of 0, which gave NaN for zeros
+        epsilon = abs(config["epsilon"]) or (0 if config["learned_epsilon"] else tiny)
+        config = {**config, "axis": -1, "epsilon": epsilon}
+        for key in ("gamma_constraint", "beta_constraint"):
+            config[key] = _of_channels(config.get(key))
+        options = self._options(FilterResponseNormalization, config)
+        return FilterResponseNormalization(**options)
+
+    def _threshold(self, config):
+        choice, options = next(self.thresholds), self._options(TLU, config)
+        for key in ("tau_regularizer", "alpha_regularizer"):
+            if choice.positions > 1 and options.get(key) is not None:
+                factors = options[key].get_config().items()
+                options[key] = type(options[key])(**{k: choice.positions * v for k, v in factors})
+        self.tlus.append(TLU(axis=choice.axis, **options))
+        return self.tlus[-1]
+
+    # Models
+
+    def _sequential(self, config):
+        layers = [self.revive(data) for data in config["layers"]]
+        model = keras.Sequential(layers, name=config.get("name"))
+        if not model.built and config.get("build_input_shape"):
+            model.build(tuple(self.revive(config["build_input_shape"])))
+        self.members[id(model)] = model.layers
+        return model
+
+    def _functional(self, config):
+        layers, calls, tensors = {}, {}, {}
+        for data in config["layers"]:
+            is_operator = data["class_name"] in ("TFOpLambda", "SlicingOpLambda")
+            layer = data["config"]["function"] if is_operator else self.revive(data)
+            layers[_name(data)] = layer
+            if isinstance(layer, keras.layers.InputLayer):
+                tensors[_name(data), 0] = [layer.output]
+            first = int(isinstance(layer, keras.Model))  # its definition is its first call
+            calls.update({(_name(data), i): c for i, c in enumerate(data["inbound_nodes"], first)})
+
+        def outputs_of(name, number):
+            if (name, number) not in tensors:
+                inputs, options = self._inputs(calls[name, number], outputs_of)
+                y = _call(layers[name], name if number == 0 else None, inputs, options)
+                tensors[name, number] = keras.tree.flatten(y)
+            return tensors[name, number]
+
+        for call in calls:  # in the order of the file, so that the recursion is never deep
+            outputs_of(*call)
+        inputs, _ = self._inputs(config["input_layers"], outputs_of)
+        outputs, _ = self._inputs(config["output_layers"], outputs_of)
+        model = keras.Model(inputs, outputs, name=config.get("name"))
+        if config.get("trainable") is False:
+            model.trainable = False
+        self.members[id(model)] = [v for v in layers.values() if isinstance(v, keras.Layer)]
+        return model
+
+    def _inputs(self, call, outputs_of):
+        """The inputs and the options of a call: `[layer, call, output, options]` in any nesting."""
+        options = {}
+
+        def resolve(value):
+            is_list = isinstance(value, list)
+            if is_list and len(value) in (3, 4) and [*map(type, value[:2])] == [str, int]:
+                name, number, item, *rest = value
+                for key, option in (rest[0] if rest else {}).items():
+                    if option is not None:
+                        options[key] = resolve(option)
+                is_constant = name == "_CONSTANT_VALUE"
+                return self.revive(item) if is_constant else outputs_of(name, number)[item]
+            if is_list:
+                return [resolve(item) for item in value]
+            if isinstance(value, dict) and "class_name" not in value:
+                return {key: resolve(item) for key, item in value.items()}
+            return self.revive(value)
+
+        inputs = resolve(call)
+        return (inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else inputs), options
+
+
+def _name(data):
+    return data.get("name") or data["config"].get("name")
+
+
+def _call(layer, name, inputs, options):
+    if isinstance(layer, str):
+        return call_operator(layer, name, inputs, options)
+    is_recurrent = isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
+    if is_recurrent and isinstance(inputs, list):
+        inputs, *options["initial_state"] = inputs
+    return layer(inputs, **options)
+
+
+def _of_channels(constraint):
+    """A constraint of a (1, 1, 1, C) weight, for a (C,) weight."""
+    if not isinstance(constraint, dict) or "axis" not in constraint["config"]:
+        return constraint
+    config = constraint["config"]
+    axes = config["axis"]["items"] if isinstance(config["axis"], dict) else config["axis"]
+    over_channels = axes is None or bool({3, -1} & set(np.ravel(axes).tolist()))
+    return {**constraint, "config": {**config, "axis": [0] if over_channels else []}}
