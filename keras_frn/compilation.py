@@ -26,7 +26,7 @@ def run(function, arguments, jit_compile):
 
         if torch.compiler.is_compiling():
             return function(**arguments)
-    arrays = {name: value for name, value in arguments.items() if hasattr(value, "shape")}
+    arrays = {n: _tensor(value) for n, value in arguments.items() if hasattr(value, "shape")}
     constants = tuple(item for item in arguments.items() if item[0] not in arrays)
     shapes = tuple(tuple(a.shape)[name in ("x", "mask") :] for name, a in arrays.items())
     return _compiled(function, constants, tuple(arrays), shapes)(arrays)
@@ -58,6 +58,11 @@ def _compiled(function, constants, names, shapes):
         "`jit_compile=True` must run on the TensorFlow, JAX or PyTorch backend. Received: "
         f"backend={backend!r}. Pass `jit_compile=None`."
     )
+
+
+def _tensor(value):
+    # TensorFlow would compile a program for each variable.
+    return keras.ops.cast(value, value.dtype) if isinstance(value, keras.Variable) else value
 
 
 def with_own_code(function):

@@ -10,6 +10,7 @@ from keras import constraints, initializers, ops, regularizers
 
 from .compilation import run
 from .ops import (
+    cast,
     filter_response_normalization,
     filter_response_normalization_tlu,
     sorted_axes,
@@ -357,14 +358,11 @@ def _apply(layer, op, inputs, **arguments):
             "Call the layer itself, `layer(inputs)`, which builds it."
         )
     dtype = _statistics_dtype(layer)
-    for name, value in arguments.items():
-        if isinstance(value, keras.Variable):
-            arguments[name] = ops.cast(value, dtype)
     if keras.backend.standardize_dtype(inputs.dtype) != layer.compute_dtype:
         # Half precision is cast by the op, where a compiler keeps what it casts out of memory.
         inputs = ops.cast(inputs, dtype)
     z = run(op, {"x": inputs, "axis": layer.axis, **arguments}, layer.jit_compile)
-    return ops.cast(z, layer.compute_dtype)
+    return cast(z, layer.compute_dtype)
 
 
 def _statistics_dtype(layer):
