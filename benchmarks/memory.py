@@ -18,20 +18,11 @@ os.environ["KERAS_BACKEND"] = "jax"
 import jax
 import keras
 import numpy as np
-from common import RESULTS, SUFFIX, AsWritten, write
+from common import RESULTS, SUFFIX, normalizations, write
 from keras import layers
 from network import resnet20
 
-import keras_frn
-
-NORMALIZATIONS = {
-    "ReLU alone": lambda: [layers.ReLU()],
-    "FRN + TLU, fused": lambda: [keras_frn.FilterResponseNormalizationTLU()],
-    "FRN, TLU": lambda: [keras_frn.FilterResponseNormalization(), keras_frn.TLU()],
-    "FRN as written": lambda: [AsWritten()],
-    "BatchNormalization + ReLU": lambda: [layers.BatchNormalization(), layers.ReLU()],
-    "GroupNormalization + ReLU": lambda: [layers.GroupNormalization(8), layers.ReLU()],
-}
+NORMALIZATIONS = {"ReLU alone": lambda: [layers.ReLU()], **normalizations()}
 
 
 def stateless(model):

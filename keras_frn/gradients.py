@@ -17,7 +17,7 @@ _LONGEST_SUM = 4096
 def mean_square(x, axes):
     """The mean of `x * x` over some axes, which stay with size 1."""
     if keras.backend.backend() == "tensorflow" and not keras.backend.is_keras_tensor(x):
-        return _tensorflow_mean_square()(x, axes)
+        return _tensorflow_mean_square(x, axes)
     if keras.backend.standardize_dtype(x.dtype) == "float64":
         # `ops.mean` has an error of 6e-8 in float64 on JAX, as it computes in float32.
         return ops.sum(x * x, axes, keepdims=True) / math.prod(x.shape[axis] for axis in axes)
@@ -29,42 +29,44 @@ def maximum(y, tau):
     equal the gradient is tau's, as the gradient of a ReLU is 0 at 0."""
     backend = keras.backend.backend()
     if backend == "tensorflow" and not keras.backend.is_keras_tensor(y):
-        return _tensorflow_maximum()(y, tau)
+        return _tensorflow_maximum(y, tau)
     if backend == "torch" and not keras.backend.is_keras_tensor(y):
         return _torch_maximum(y, tau)
-    # Not `ops.maximum`, whose gradient on JAX counts ties: 4 to 10 % of a network's step.
+    # Not `ops.maximum`, whose gradient on JAX counts ties: 4 to 10 % of a network's step. A tau
+    # that is not equal to itself is NaN.
     return ops.where((y <= tau) | (tau != tau), tau, y)
 
 
-@functools.cache
-def _tensorflow_mean_square():
+def _tensorflow_mean_square(x, axes):
     import tensorflow as tf
 
-    def mean_square(x, axes):
-        positions = [x.shape[axis] for axis in axes]
+    positions = [x.shape[axis] for axis in axes]
 
-        @tf.custom_gradient
-        def function(x):
-            if None in positions:
-                count = tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), axes)), x.dtype)
-            else:
-                count = math.prod(positions)
-            # The gradient of a mean is spread and divided at full size, that of x * x adds two.
-            return mean(x * x, axes, positions), lambda upstream: x * (upstream * 2.0 / count)
+    @tf.custom_gradient
+    def mean_square(x):
+        if None in positions:
+            count = tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), axes)), x.dtype)
+        else:
+            count = math.prod(positions)
+        # The gradient of a mean is spread and divided at full size, that of x * x is two products.
+        return _tensorflow_mean(x * x, axes), lambda upstream: x * (upstream * 2.0 / count)
 
-        return function(x)
+    return mean_square(x)
 
-    def mean(x, axes, positions):
-        in_sequence = axes == tuple(range(1, len(x.shape) - 1)) and not _has_accelerator()
-        if None in positions or math.prod(positions) <= _LONGEST_SUM or not in_sequence:
-            return tf.reduce_mean(x, axes, keepdims=True)
-        count, channels = math.prod(positions), x.shape[-1]
-        parts = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
-        x = tf.reshape(x, (-1, parts, count // parts, channels))
-        means = tf.reduce_mean(tf.reduce_mean(x, 2), 1)
-        return tf.reshape(means, (-1, *(1 for _ in axes), channels))
 
-    return mean_square
+def _tensorflow_mean(x, axes):
+    import tensorflow as tf
+
+    positions = [x.shape[axis] for axis in axes]
+    is_channels_last = axes == tuple(range(1, len(x.shape) - 1))
+    is_short = None in positions or math.prod(positions) <= _LONGEST_SUM
+    if is_short or not is_channels_last or _has_accelerator():
+        return tf.reduce_mean(x, axes, keepdims=True)
+    count, channels = math.prod(positions), x.shape[-1]
+    parts = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
+    x = tf.reshape(x, (-1, parts, count // parts, channels))
+    means = tf.reduce_mean(tf.reduce_mean(x, 2), 1)
+    return tf.reshape(means, (-1, *(1 for _ in axes), channels))
 
 
 @functools.cache
@@ -74,8 +76,7 @@ def _has_accelerator():
     return bool(tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"))
 
 
-@functools.cache
-def _tensorflow_maximum():
+def _tensorflow_maximum(y, tau):
     import tensorflow as tf
 
     @tf.custom_gradient
@@ -91,7 +92,7 @@ def _tensorflow_maximum():
 
         return z, gradient
 
-    return maximum
+    return maximum(y, tau)
 
 
 def _torch_maximum(y, tau):

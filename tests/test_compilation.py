@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,23 @@ def test_what_jit_compile_adds_to_a_graph(jit_compile):
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
     assert any(node.attr["_XlaCompile"].b for node in nodes) == bool(jit_compile)
     assert not any("_XlaMustCompile" in node.attr for node in nodes), "ONNX files would not load"
+
+
+@tensorflow_only
+def test_on_an_accelerator_sums_are_plain(monkeypatch):
+    """One sum over all positions, as JAX's program has it. On a CPU long ones are in two parts."""
+    import tensorflow as tf
+
+    def sums_of_squares():
+        layer = FilterResponseNormalizationTLU()
+        layer.build((2, 80, 80, 4))
+        function = tf.function(layer, jit_compile=True)
+        program = function.experimental_get_compiler_ir(tf.zeros((2, 80, 80, 4)))(stage="hlo")
+        return re.findall(r" reduce\(.*dimensions=\{([\d,]+)\}", program)
+
+    assert sums_of_squares() == ["2", "1"]
+    monkeypatch.setattr("keras_frn.gradients._has_accelerator", lambda: True)
+    assert sums_of_squares() == ["1,2"]
 
 
 @tensorflow_only

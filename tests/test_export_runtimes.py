@@ -54,7 +54,7 @@ def test_a_reloaded_saved_model_is_differentiable_and_has_a_serving_signature(tm
                 tape.watch(tensor := tf.constant(x))
                 loss = tf.reduce_sum(function(tensor) ** 2)
             gradients.append(tape.gradient(loss, tensor).numpy())
-        # The exported graph has the inference form, whose gradient sums in another order.
+        # TensorFlow optimizes the loaded graph, which then rounds in another order.
         assert_close(gradients[1], gradients[0])
         # What TensorFlow Serving calls: the signature, by name.
         signature = loaded.signatures["serving_default"]
