@@ -2,6 +2,8 @@
 
 import math
 import numbers
+import os
+import sys
 import warnings
 
 import keras
@@ -467,5 +469,14 @@ def _check_epsilon_fits(layer, input_shape):
             f"Layer {layer.name!r} normalizes single positions with a constant epsilon of "
             f"{layer.epsilon}: its output is close to the sign of its input and its gradient "
             "close to 0. Use `learned_epsilon=True`, as the paper does, or a larger epsilon.",
-            stacklevel=2,
+            stacklevel=_level_of_the_user(),
         )
+
+
+def _level_of_the_user():
+    """How many calls above the caller the first line outside of Keras and this package is."""
+    inside = tuple(os.path.dirname(file) + os.sep for file in (keras.__file__, __file__))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -344,8 +344,9 @@ def test_integer_input(rng):
 def test_one_position_with_a_tiny_epsilon_warns_once(cls):
     for shape in ((None, 4), (None, 1, 1, 4)):
         layer = cls()
-        with pytest.warns(UserWarning, match="single positions.*learned_epsilon=True"):
-            layer.build(shape)
+        with pytest.warns(UserWarning, match="single positions.*learned_epsilon=True") as record:
+            layer(np.ones([size or 2 for size in shape], "float32"))
+        assert record[0].filename == __file__, "the line of the user"
         layer(np.ones([size or 2 for size in shape], "float32"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
