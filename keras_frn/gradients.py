@@ -1,7 +1,7 @@
 """Two functions whose automatic gradient is slow, with a gradient written by hand where it helps.
 
-The values are those of `mean(x * x)` and `max(y, tau)`, to the bit. `benchmarks/FINDINGS.md` has
-what each gradient gains in a network."""
+`maximum` has the values of `max(y, tau)`, to the bit. `benchmarks/FINDINGS.md` has what each
+gradient gains in a network."""
 
 import functools
 import math
@@ -87,8 +87,8 @@ def _tensorflow_maximum(y, tau):
             # One kernel, where the gradient of `tf.maximum` compares and selects.
             above = tf.raw_ops.ReluGrad(gradients=upstream, features=z - tau)
             shared = [axis for axis, size in enumerate(tau.shape) if size == 1]
-            total, kept = (tf.reduce_sum(g, shared, keepdims=True) for g in (upstream, above))
-            return above, total - kept
+            # A difference of two sums would lose what few positions below tau add.
+            return above, tf.reduce_sum(upstream - above, shared, keepdims=True)
 
         return z, gradient
 
@@ -98,8 +98,10 @@ def _tensorflow_maximum(y, tau):
 def _torch_maximum(y, tau):
     import torch
 
-    # Compilers and exporters do not look into a function of our own.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    # Compilers and tracers do not look into a function of our own.
+    if torch.compiler.is_compiling():
+        return torch.where((y <= tau) | (tau != tau), tau, y)
+    if torch.jit.is_tracing():
         return torch.clamp(y, min=tau)
     return _torch_maximum_function().apply(y, tau)
 
@@ -126,7 +128,7 @@ def _torch_maximum_function():
         def backward(ctx, upstream):
             z, tau = ctx.saved_tensors
             above = torch.ops.aten.threshold_backward(upstream, z - tau, 0)
-            return above, upstream.sum_to_size(tau.shape) - above.sum_to_size(tau.shape)
+            return above, (upstream - above).sum_to_size(tau.shape)
 
         @staticmethod
         def jvp(ctx, y, tau):

@@ -359,6 +359,8 @@ def _apply(layer, op, inputs, **arguments):
             f"Layer {layer.name!r} must be built before `call`. Received: a call without weights. "
             "Call the layer itself, `layer(inputs)`, which builds it."
         )
+    if isinstance(arguments.get("mask"), (list, tuple)):
+        arguments["mask"] = np.asarray(arguments["mask"])
     dtype = _statistics_dtype(layer)
     if keras.backend.standardize_dtype(inputs.dtype) != layer.compute_dtype:
         # Half precision is cast by the op, where a compiler keeps what it casts out of memory.

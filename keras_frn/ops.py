@@ -132,7 +132,7 @@ def _normalized(x, gamma, beta, axis, epsilon, mask):
 def _thresholded(y, tau, alpha, axes):
     tau = _aligned("tau", tau, y, axes)
     if alpha is not None:
-        tau = _aligned("alpha", alpha, y, axes) * y + tau
+        tau = y * _aligned("alpha", alpha, y, axes) + tau
     return maximum(y, tau)
 
 
@@ -149,7 +149,7 @@ def _mean_square(x, axis, mask):
     # Zeros go in before the square, so that neither the value nor the gradient of what is masked
     # can spoil the mean.
     nu2 = mean_square(_where(kept, x, ops.zeros_like(x)), spatial)
-    # The mean of a mask is that of its square, and exact where the size along an axis is 1.
+    # The mean of a mask is that of its square. Axes that it does not span have size 1 in it.
     share = mean_square(ops.cast(kept, x.dtype), spatial)
     return nu2 / _where(share > 0, share, ops.ones_like(share))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, numpy
+from backends import BACKEND, layer_gradients, numpy
 from reference import INPUT_GRADIENT, VALUE, close, frn_tlu
 
 from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
@@ -247,6 +247,22 @@ def test_weights_are_arguments_of_the_compiled_program(rng):
     close(numpy(layer(x)), expected, VALUE)
     other = FilterResponseNormalizationTLU(jit_compile=True)  # another layer, the same program
     close(numpy(other(x)), frn_tlu(x, tau=0.0), VALUE)
+
+
+@pytest.mark.parametrize("jit_compile", [None, True])
+def test_at_a_tie_the_gradient_is_that_of_tau(jit_compile):
+    layer = TLU(jit_compile=jit_compile)
+    x = np.zeros((2, 3), "float32")
+    layer.build(x.shape)
+    _, found = layer_gradients(layer, x, x + 1)
+    np.testing.assert_array_equal(found["x"], x)
+    np.testing.assert_array_equal(found["tau"], [2, 2, 2])
+
+
+def test_a_mask_may_be_a_list():
+    x = np.ones((1, 2, 3), "float32")
+    layer = FilterResponseNormalization(jit_compile=True)
+    close(numpy(layer(x, mask=[[True, False]])), frn_tlu(x, mask=np.array([[True, False]])), VALUE)
 
 
 def test_many_shapes_under_jit_compile(rng):

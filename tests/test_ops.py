@@ -219,6 +219,27 @@ def test_tlu_axes(axis, tau_shape, affine, rng):
         close(found["alpha"], np.where(below, upstream * x, 0).astype("float64").sum(others), 1e-5)
 
 
+@pytest.mark.parametrize("alpha", [None, 0.0])
+def test_at_a_tie_the_gradient_is_that_of_tau(alpha):
+    """As the gradient of a ReLU is 0 at 0. Black borders and dead channels are ties at first."""
+    x, zeros = np.zeros((2, 3), "float32"), np.zeros(3, "float32")
+    options = {} if alpha is None else {"alpha": zeros}
+    _, found = gradients(lambda x, tau: tlu(x, tau, **options), {"x": x, "tau": zeros}, x + 1)
+    np.testing.assert_array_equal(found["x"], x)
+    np.testing.assert_array_equal(found["tau"], [2, 2, 2])
+
+
+def test_the_gradient_of_a_rarely_used_tau_is_accurate(rng):
+    """100 of 1.6 million positions are below it: sums over all of them must not be subtracted."""
+    x = np.ones((128, 112, 112, 1), "float32")
+    upstream = rng.uniform(0.5, 1.0, x.shape).astype("float32")
+    below = rng.choice(x.size, 100, replace=False)
+    x.reshape(-1)[below] = -1
+    _, found = gradients(tlu, {"x": x, "tau": np.zeros(1, "float32")}, upstream)
+    expected = upstream.astype("float64").reshape(-1)[below].sum()
+    close(found["tau"], [expected], PARAMETER_GRADIENT)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_computed_in_float32(dtype, rng):
     largest = 65504.0
@@ -430,7 +451,8 @@ def test_per_example_gradients(rng):
 
 def test_symbolic_tensors():
     x = keras.Input((None, None, 3))
-    y = keras_frn.ops.tlu(keras_frn.ops.filter_response_normalization(x), np.zeros(3, "float32"))
+    y = keras_frn.ops.filter_response_normalization(x)
+    y = keras_frn.ops.tlu(y, np.zeros(3, "float32"), alpha=np.zeros(3, "float32"))
     model = keras.Model(x, y)
     assert model.output_shape == (None, None, None, 3)
     data = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype("float32")
