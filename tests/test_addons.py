@@ -143,6 +143,8 @@ def test_optimizers_keep_their_kind_rates_and_options():
     assert isinstance(half.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
+# Keras 3.10's own, for a reloaded model whose one input was in a list.
+@pytest.mark.filterwarnings("ignore:The structure of `inputs` doesn't match:UserWarning")
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 def test_a_loaded_model_is_saved_and_reloaded_without_anything_special(tmp_path):
     _, xs, _, _ = expected_of("nested_frozen")

@@ -134,13 +134,20 @@ def _assign(pairs, tau):
 def _compile(model, training):
     """Compiles the model as it was, where Keras 3 can."""
     builder = Builder()
+
+    def metrics(name):
+        revived = builder.revive(training.get(name), (keras.metrics,))
+        # Keras 2 writes a list for each output; the oldest Keras 3 wants one list for one output.
+        is_nested = isinstance(revived, list) and len(revived) == len(model.outputs) == 1
+        return revived[0] if is_nested and isinstance(revived[0], list) else revived
+
     try:
         model.compile(
             builder.revive(training.get("optimizer_config", training.get("optimizer")), OPTIMIZERS),
             builder.revive(training.get("loss"), (keras.losses,)),
             training.get("loss_weights"),
-            builder.revive(training.get("metrics"), (keras.metrics,)),
-            builder.revive(training.get("weighted_metrics"), (keras.metrics,)),
+            metrics("metrics"),
+            metrics("weighted_metrics"),
         )
         # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
         model.optimizer.build(model.trainable_variables)
