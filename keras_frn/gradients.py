@@ -20,7 +20,7 @@ def mean_square(x, axes):
         return _tensorflow_mean_square(x, axes)
     if keras.backend.standardize_dtype(x.dtype) == "float64":
         # `ops.mean` has an error of 6e-8 in float64 on JAX, as it computes in float32.
-        return ops.sum(x * x, axes, keepdims=True) / math.prod(x.shape[axis] for axis in axes)
+        return ops.sum(x * x, axes, keepdims=True) / _count(x, axes)
     return ops.mean(x * x, axes, keepdims=True)
 
 
@@ -32,22 +32,38 @@ def maximum(y, tau):
         return _tensorflow_maximum(y, tau)
     if backend == "torch" and not keras.backend.is_keras_tensor(y):
         return _torch_maximum(y, tau)
+    return _selected(y, tau)
+
+
+def where(condition, a, b):
+    """`a` where the condition holds and `b` elsewhere, in the dtype of both."""
+    if keras.backend.backend() == "torch" and not keras.backend.is_keras_tensor(condition):
+        import torch
+
+        return torch.where(condition, a, b)  # Keras 3.15's brings float64 to float32 here
+    return ops.where(condition, a, b)
+
+
+def _selected(y, tau):
     # Not `ops.maximum`, whose gradient on JAX counts ties: 4 to 10 % of a network's step. A tau
     # that is not equal to itself is NaN.
-    return ops.where((y <= tau) | (tau != tau), tau, y)
+    return where((y <= tau) | (tau != tau), tau, y)
+
+
+def _count(x, axes):
+    """The number of positions along some axes, or None where it is not known."""
+    sizes = [x.shape[axis] for axis in axes]
+    return None if None in sizes else math.prod(sizes)
 
 
 def _tensorflow_mean_square(x, axes):
     import tensorflow as tf
 
-    positions = [x.shape[axis] for axis in axes]
-
     @tf.custom_gradient
     def mean_square(x):
-        if None in positions:
+        count = _count(x, axes)
+        if count is None:
             count = tf.cast(tf.reduce_prod(tf.gather(tf.shape(x), axes)), x.dtype)
-        else:
-            count = math.prod(positions)
         # The gradient of a mean is spread and divided at full size, that of x * x is two products.
         return _tensorflow_mean(x * x, axes), lambda upstream: x * (upstream * 2.0 / count)
 
@@ -57,12 +73,11 @@ def _tensorflow_mean_square(x, axes):
 def _tensorflow_mean(x, axes):
     import tensorflow as tf
 
-    positions = [x.shape[axis] for axis in axes]
+    count, channels = _count(x, axes), x.shape[-1]
     is_channels_last = axes == tuple(range(1, len(x.shape) - 1))
-    is_short = None in positions or math.prod(positions) <= _LONGEST_SUM
+    is_short = count is None or count <= _LONGEST_SUM
     if is_short or not is_channels_last or _has_accelerator():
         return tf.reduce_mean(x, axes, keepdims=True)
-    count, channels = math.prod(positions), x.shape[-1]
     parts = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
     x = tf.reshape(x, (-1, parts, count // parts, channels))
     means = tf.reduce_mean(tf.reduce_mean(x, 2), 1)
@@ -91,8 +106,9 @@ def _tensorflow_maximum(y, tau):
             # more pass, 5 % of a network's step.
             shared = [axis for axis, size in enumerate(tau.shape) if size == 1]
             within = [axis for axis in shared if axis > 0]
+            over_batch = [axis for axis in shared if axis == 0]
             total, kept = (tf.reduce_sum(g, within, keepdims=True) for g in (upstream, above))
-            return above, tf.reduce_sum(total - kept, shared[: 0 in shared], keepdims=True)
+            return above, tf.reduce_sum(total - kept, over_batch, keepdims=True)
 
         return z, gradient
 
@@ -104,7 +120,7 @@ def _torch_maximum(y, tau):
 
     # Compilers and tracers do not look into a function of our own.
     if torch.compiler.is_compiling():
-        return torch.where((y <= tau) | (tau != tau), tau, y)
+        return _selected(y, tau)
     if torch.jit.is_tracing():
         return torch.clamp(y, min=tau)
     return _torch_maximum_function().apply(y, tau)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from .gradients import maximum, mean_square
+from .gradients import maximum, mean_square, where
 
 
 def filter_response_normalization(x, gamma=None, beta=None, axis=-1, epsilon=1e-6, mask=None):
@@ -148,19 +148,10 @@ def _mean_square(x, axis, mask):
     kept = _aligned_mask(mask, x, axis)
     # Zeros go in before the square, so that neither the value nor the gradient of what is masked
     # can spoil the mean.
-    nu2 = mean_square(_where(kept, x, ops.zeros_like(x)), spatial)
+    nu2 = mean_square(where(kept, x, ops.zeros_like(x)), spatial)
     # The mean of a mask is that of its square. Axes that it does not span have size 1 in it.
     share = mean_square(ops.cast(kept, x.dtype), spatial)
-    return nu2 / _where(share > 0, share, ops.ones_like(share))
-
-
-def _where(condition, a, b):
-    """`a` where the condition holds and `b` elsewhere, in the dtype of both."""
-    if keras.backend.backend() == "torch" and not keras.backend.is_keras_tensor(a):
-        import torch
-
-        return torch.where(condition, a, b)  # Keras 3.15's brings float64 to float32 here
-    return ops.where(condition, a, b)
+    return nu2 / where(share > 0, share, ops.ones_like(share))
 
 
 def cast(x, dtype):

@@ -451,10 +451,11 @@ def test_per_example_gradients(rng):
         close(sum(s[name].astype("float64") for s in singles), whole[name], PARAMETER_GRADIENT)
 
 
-def test_symbolic_tensors():
+@pytest.mark.parametrize("alpha", [None, np.zeros(3, "float32")], ids=["plain", "affine"])
+def test_symbolic_tensors(alpha):
     x = keras.Input((None, None, 3))
     y = keras_frn.ops.filter_response_normalization(x)
-    y = keras_frn.ops.tlu(y, np.zeros(3, "float32"), alpha=np.zeros(3, "float32"))
+    y = keras_frn.ops.tlu(y, np.zeros(3, "float32"), alpha)
     model = keras.Model(x, y)
     assert model.output_shape == (None, None, None, 3)
     data = np.random.default_rng(0).normal(size=(2, 4, 5, 3)).astype("float32")
