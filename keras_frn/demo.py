@@ -1,6 +1,5 @@
 """The main job, end to end: train on real digits, save, reload, export, compare."""
 
-import csv
 import dataclasses
 import math
 import os
@@ -15,8 +14,6 @@ import numpy as np
 
 from .export.runtime import LiteRT
 from .layers import FilterResponseNormalizationTLU
-
-EPOCHS = 24
 
 # A user's program, which imports nothing else to load the file.
 _PREDICT = """
@@ -37,14 +34,13 @@ class Row:
     format: str
     accuracy: float
     largest_difference: float
-    bytes: int | None
+    kilobytes: float
     ms_per_image: float
 
     def __str__(self):
-        kilobytes = "" if self.bytes is None else f"{self.bytes / 1e3:.0f}"
         return (
             f"{self.format:18}{self.accuracy:10.2%}{self.largest_difference:12.1e}"
-            f"{kilobytes:>8}{self.ms_per_image:10.4f}"
+            f"{self.kilobytes:8.0f}{self.ms_per_image:10.4f}"
         )
 
 
@@ -64,23 +60,16 @@ def digits():
 
 def build_model():
     """A small convolutional network, FRN + TLU after each convolution."""
-    return keras.Sequential(
-        [
-            keras.Input((8, 8, 1), name="image"),
-            keras.layers.Conv2D(16, 3, padding="same", use_bias=False),
-            FilterResponseNormalizationTLU(),
-            keras.layers.Conv2D(32, 3, padding="same", strides=2, use_bias=False),
-            FilterResponseNormalizationTLU(),
-            keras.layers.Conv2D(64, 3, padding="same", use_bias=False),
-            FilterResponseNormalizationTLU(),
-            keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(10, name="digit"),
-        ],
-        name="digits",
-    )
+    model = keras.Sequential([keras.Input((8, 8, 1), name="image")], name="digits")
+    for filters, strides in ((16, 1), (32, 2), (64, 1)):
+        model.add(keras.layers.Conv2D(filters, 3, strides, padding="same", use_bias=False))
+        model.add(FilterResponseNormalizationTLU())
+    model.add(keras.layers.GlobalAveragePooling2D())
+    model.add(keras.layers.Dense(10, name="digit"))
+    return model
 
 
-def train(model, x, y, epochs=EPOCHS, verbose="auto"):
+def train(model, x, y, epochs=24, verbose="auto"):
     """Trains with Adam and a cosine schedule; returns Keras' history."""
     batch_size = 32
     steps = epochs * math.ceil(len(x) / batch_size)
@@ -93,11 +82,12 @@ def train(model, x, y, epochs=EPOCHS, verbose="auto"):
     return model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=verbose)
 
 
-def run(output):
-    """Runs the demo and writes model files, `results.csv` and `training.png` to a folder.
+def run(output, epochs=24):
+    """Runs the demo, prints a table, and writes model files and `training.png` to a folder.
 
     Args:
         output: Path of a new or empty folder. It is filled at the end, all at once.
+        epochs: Int, the epochs of training. Defaults to 24.
 
     Returns:
         A list of `Row`, one for the trained model and one for each format.
@@ -116,33 +106,37 @@ def run(output):
     import matplotlib  # before the work, as the extra may be missing
 
     matplotlib.use("Agg")
+    print(
+        f"Trains a network of FRN + TLU layers on {len(x_train)} images of digits, saves and "
+        f"exports it,\nand compares each file with the model on {len(x_test)} other images."
+    )
     keras.utils.set_random_seed(0)
     model = build_model()
-    print(f"Training on {len(x_train)} digits, {len(x_test)} held out.")
-    history = train(model, x_train, y_train).history
+    history = train(model, x_train, y_train, epochs).history
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".demo") as folder:
         partial = Path(folder, "files")
         partial.mkdir()
-        expected = model.predict(x_test, verbose=0)
-        rows = []
+        expected, rows = model.predict(x_test, verbose=0), []
         for name, path, predict, logits in _formats(model, partial, x_test, expected):
             accuracy = float(np.mean(np.argmax(logits, -1) == y_test))
             difference = float(np.max(np.abs(logits - expected)))
-            ms = _milliseconds(predict, x_test)
-            rows.append(Row(name, accuracy, difference, path and _size(path), ms))
-        _write_table(rows, partial / "results.csv")
+            seconds = np.median(timeit.repeat(lambda: predict(x_test), number=1, repeat=20))
+            ms = 1e3 * float(seconds) / len(x_test)
+            rows.append(Row(name, accuracy, difference, _kilobytes(path), ms))
         _plot(model, history, partial / "training.png")
         os.replace(partial, output)
-    print(f"Files in {output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
+    print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}", *rows, sep="\n")
+    print(f"\nWrote {output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
+    print(f"Next: keras-frn inspect {output / 'digits.keras'}")
     return rows
 
 
 def _formats(model, folder, x, expected):
     """Yields the name of each format, its file, a function from images to logits, and logits."""
-    yield "trained model", None, model.predict_on_batch, expected
     path = folder / "digits.keras"
     model.save(path)
+    yield "trained model", path, model.predict_on_batch, expected
     reloaded = keras.models.load_model(path)
     yield ".keras, reloaded", path, reloaded.predict_on_batch, _predict_in_new_process(path, x)
     if keras.backend.backend() != "tensorflow":
@@ -168,24 +162,9 @@ def _predict_in_new_process(path, x):
         return np.load(result)
 
 
-def _milliseconds(predict, x):
-    """The median time for an image."""
-    seconds = timeit.repeat(lambda: predict(x), number=1, repeat=20)
-    return 1e3 * float(np.median(seconds)) / len(x)
-
-
-def _size(path):
+def _kilobytes(path):
     files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _write_table(rows, path):
-    """Prints the table and writes it as CSV."""
-    print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}", *rows, sep="\n")
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, dataclasses.asdict(rows[0]))
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e3
 
 
 def _plot(model, history, path):

@@ -1,6 +1,7 @@
 """The one way to read and to copy the wiring of a functional or Sequential model."""
 
 import collections
+import contextlib
 import dataclasses
 import math
 
@@ -23,6 +24,29 @@ def positions(layer):
     shape = list(layer.get_build_config()["input_shape"])
     del shape[layer.axis], shape[0]
     return None if None in shape else math.prod(shape)
+
+
+@contextlib.contextmanager
+def watched(layers, watch):
+    """While it lasts, each eager call of these layers ends in `watch(layer, x, outputs, mask)`."""
+
+    def watching(layer, call):
+        def watched_call(x, *args, mask=None, **kwargs):
+            options = kwargs if mask is None else {**kwargs, "mask": mask}
+            outputs = call(x, *args, **options)
+            watch(layer, x, outputs, mask)
+            return outputs
+
+        return watched_call
+
+    layers = list(layers)
+    try:
+        for layer in layers:  # past Keras' and PyTorch's own ways of setting an attribute
+            vars(layer)["call"] = watching(layer, layer.call)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("call", None)
 
 
 def inputs_like(model, arrays):

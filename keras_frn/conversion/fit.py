@@ -59,18 +59,15 @@ def fit(model, converted, replaced, ratios, samples, verbose):
     `replaced` maps each layer of `converted` to its BatchNormalization layer in `model`, and
     `ratios` the latter to epsilon / mean square. Returns the ratios that were measured, by channel.
     """
-    recorder = _Recorder(model, replaced.values())
-    recorder.run(samples)
-    targets = {bn: _Target.of(bn, moments) for bn, moments in recorder.moments.items()}
-    recorder = _Recorder(converted, replaced)
-    recorder.run(itertools.islice(samples, 1))
-    calls = {frn: len(moments) for frn, moments in recorder.moments.items()}
-    progress = keras.utils.Progbar(len(calls), unit_name="layer") if verbose else None
+    moments = _recorded(model, replaced.values(), samples)
+    targets = {bn: _Target.of(bn, moments[bn]) for bn in moments}
+    first = _recorded(converted, replaced, itertools.islice(samples, 1))
+    progress = keras.utils.Progbar(len(first), unit_name="layer") if verbose else None
     measured = {}
-    for number, (frn, count) in enumerate(calls.items(), 1):
+    for number, (frn, calls) in enumerate(first.items(), 1):
         bn = replaced[frn]
-        recorder.run(samples, only=frn, calls=count)
-        measured[bn] = _fit_layer(frn, recorder.moments[frn], targets[bn], ratios[bn])
+        moments = _recorded(converted, [frn], samples, calls=len(calls))
+        measured[bn] = _fit_layer(frn, moments[frn], targets[bn], ratios[bn])
         if progress:
             progress.update(number)
     return measured
@@ -157,60 +154,21 @@ class _PassIsOver(BaseException):
     """Ends a forward pass early. Keras rewrites an `Exception` on its way out; this one passes."""
 
 
-class _Recorder:
-    """Records what flows into some layers of a model, in the order of their calls.
+def _recorded(model, layers, batches, calls=None):
+    """Dict of the moments of the inputs of layers, in the order of their calls. A pass ends after
+    so many calls."""
+    recorded = collections.defaultdict(list)
 
-    It runs a copy of the model in which each of these very layers is inside of a tap, so that
-    new weights of a layer show at once.
-    """
-
-    def __init__(self, model, layers):
-        self.moments = collections.defaultdict(list)
-        self._model, self._only, self._calls_left = model, None, 0
-        layers = set(layers)
-
-        def copy_one(layer):
-            return _Tap(layer, self) if layer in layers else graph.copy_layer(layer)
-
-        self._copy, copies = graph.copy(model, copy_one)
-        for layer, copy in copies.items():
-            if layer not in layers:
-                graph.copy_weights(layer, copy)
-
-    def run(self, batches, only=None, calls=0):
-        """Records all layers, or only one of them, and ends each pass after so many calls of it."""
-        self.moments.clear()
-        self._only = only
-        for batch in batches:
-            self._calls_left = calls
-            with contextlib.suppress(_PassIsOver):
-                self._copy(graph.inputs_like(self._model, batch), training=False)
-
-    def record(self, layer, inputs, mask):
-        """Called by each tap."""
-        if self._only in (None, layer):
-            self.moments[layer].append(_Moments.of(inputs, layer.axis, mask))
-            self._calls_left -= 1
-        if self._only is layer and self._calls_left == 0:
+    def record(layer, x, _, mask):
+        recorded[layer].append(_Moments.of(x, layer.axis, mask))
+        if calls and len(recorded[layer]) % calls == 0:
             raise _PassIsOver
 
-
-class _Tap(keras.layers.Layer):
-    """A normalization layer that reports its inputs before it runs, at inference."""
-
-    def __init__(self, layer, recorder):
-        super().__init__(name=layer.name, dtype=layer.dtype_policy)
-        self.autocast = False
-        self.supports_masking = True
-        self.layer = layer
-        self.recorder = recorder
-
-    def call(self, inputs, training=None, mask=None):
-        self.recorder.record(self.layer, inputs, mask)
-        return self.layer(inputs, training=False, mask=mask)
-
-    def compute_output_spec(self, inputs, training=None, mask=None):
-        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+    with graph.watched(layers, record):
+        for batch in batches:
+            with contextlib.suppress(_PassIsOver):
+                model(graph.inputs_like(model, batch), training=False)
+    return recorded
 
 
 def _float64(x):
