@@ -1,13 +1,16 @@
 """Callbacks for training with FRN."""
 
+import collections
 import math
 import numbers
 
 import keras
 import numpy as np
+from keras import ops
 
 from . import graph
-from .layers import FilterResponseNormalization
+from .layers import TLU, FilterResponseNormalization
+from .samples import Samples
 
 
 class EpsilonScheduler(keras.callbacks.Callback):
@@ -139,3 +142,150 @@ class EpsilonScheduler(keras.callbacks.Callback):
             layer.learned_epsilon.assign(ratio * self._mean_squares[layer])
             if layer.gamma is not None and rescale != 1:
                 layer.gamma.assign(keras.ops.convert_to_numpy(layer.gamma) * rescale)
+
+
+class FRNMonitor(keras.callbacks.Callback):
+    """Shows whether the FRN and TLU layers of a model are well, epoch by epoch.
+
+    After each epoch it runs some samples through the model, at inference, and takes for each layer
+
+    - `at_tau`, the share of outputs that are at the threshold, and `dead`, the share of channels
+      all of whose outputs are: such a channel gives a constant and learns nothing but tau;
+    - `epsilon_ratio`, the median over the channels of epsilon / mean square. Far below 1 is FRN as
+      in the paper; far above 1 hardly normalizes;
+    - `spread`, the largest mean square of a channel over the smallest. At 1e4, a factor of 100
+      between channels, plain 8-bit files lose their accuracy, and `export_tflite` keeps it;
+    - the least and the largest gamma, tau and learned epsilon, as `gamma_min`, `gamma_max`, ...
+
+    Args:
+        data: Samples like those of training, of any kind that `export_tflite` takes as calibration
+            data. Some tens are enough; each epoch takes one forward pass over them.
+        per_layer: Whether the logs get each layer's values, as `layer/at_tau`, or those of the
+            whole network: the mean of `at_tau`, the largest `dead` and `spread`, and the median
+            `epsilon_ratio`, as `frn/at_tau`. Defaults to False, as Keras' progress bar prints all
+            logs.
+
+    The values are in `records`, a list of dicts with the keys `epoch`, `layer` and those above, and
+    in Keras' logs: `CSVLogger` and other callbacks after this one in the list see them.
+
+    Raises:
+        ValueError: when training starts, if the model has no FRN or TLU layer, or the data do not
+            fit it.
+
+    Example:
+
+    >>> model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    >>> monitor = keras_frn.callbacks.FRNMonitor(images[:32])
+    >>> history = model.fit(images, targets, callbacks=[monitor], verbose=0)
+    >>> monitor.plot("layers.png")"""
+
+    def __init__(self, data, per_layer=False):
+        super().__init__()
+        self.records = []
+        self._data, self._samples, self._per_layer = data, None, per_layer
+
+    def on_train_begin(self, logs=None):
+        self._samples = Samples(self.model, self._data)
+        if not frn_layers(self.model):
+            raise ValueError(
+                "`model` must have FRN or TLU layers. Received: "
+                f"model={self.model.name!r}. Leave FRNMonitor out."
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        rows = health(self.model, self._samples)
+        self.records += [{"epoch": epoch, **row} for row in rows]
+        if logs is None:
+            return
+        if self._per_layer:
+            for row in rows:
+                logs.update({f"{row['layer']}/{k}": v for k, v in row.items() if k != "layer"})
+            return
+        together = {"at_tau": np.mean, "dead": max, "epsilon_ratio": np.median, "spread": max}
+        for key, of in together.items():
+            values = [row[key] for row in rows if key in row]
+            if values:
+                logs[f"frn/{key}"] = float(of(values))
+
+    def plot(self, path):
+        """Draws the values, layer by layer, a line for each epoch. Needs matplotlib."""
+        plot_health(self.records, path)
+
+
+def frn_layers(model):
+    """The FRN and TLU layers of a model, those inside of other layers included."""
+    kinds = (FilterResponseNormalization, TLU)
+    return [layer for layer in graph.layers(model) if isinstance(layer, kinds)]
+
+
+def health(model, samples):
+    """A dict for each FRN and TLU layer that runs: its name, and the values of `FRNMonitor`."""
+    mean_squares, shares = collections.defaultdict(list), collections.defaultdict(list)
+
+    def mean(values, axes):
+        return ops.convert_to_numpy(ops.mean(ops.cast(values, "float32"), axes))
+
+    def watch(layer, x, z, _):
+        kept = {axis % len(x.shape) for axis in np.ravel(layer.axis).tolist()}
+        axes = [axis for axis in range(len(x.shape)) if axis not in kept]
+        x = ops.cast(x, "float32")
+        mean_squares[layer].append(mean(x * x, axes))
+        if getattr(layer, "tau", None) is not None and layer.alpha is None:
+            tau = ops.cast(ops.expand_dims(layer.tau, axes), z.dtype)
+            shares[layer].append(mean(z <= tau, axes))
+
+    layers = frn_layers(model)
+    with graph.watched(layers, watch):
+        for batch in samples:
+            model(graph.inputs_like(model, batch), training=False)
+    rows = []
+    for layer in layers:
+        row = {"layer": layer.name}
+        if shares[layer]:
+            share = np.mean(shares[layer], axis=0)
+            row |= {"at_tau": float(share.mean()), "dead": float((share == 1).mean())}
+        if isinstance(layer, FilterResponseNormalization) and mean_squares[layer]:
+            nu2 = np.maximum(np.mean(mean_squares[layer], axis=0), np.finfo("float32").tiny)
+            epsilon = np.array(layer.epsilon)
+            if layer.learned_epsilon is not None:
+                epsilon = epsilon + np.abs(ops.convert_to_numpy(layer.learned_epsilon))
+            row["epsilon_ratio"] = float(np.median(epsilon / nu2))
+            row["spread"] = float(nu2.max() / nu2.min())
+        for weight in layer.weights:
+            values = ops.convert_to_numpy(weight)
+            row |= {f"{weight.name}_min": float(values.min())}
+            row |= {f"{weight.name}_max": float(values.max())}
+        rows.append(row)
+    return rows
+
+
+_PANELS = {
+    "outputs at tau": ["at_tau"],
+    "dead channels": ["dead"],
+    "epsilon / mean square": ["epsilon_ratio"],
+    "largest / smallest mean square": ["spread"],
+    "gamma, least and largest": ["gamma_min", "gamma_max"],
+    "tau, least and largest": ["tau_min", "tau_max"],
+}
+
+
+def plot_health(records, path):
+    """Draws `FRNMonitor.records` into a file. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('The plot needs matplotlib: pip install "keras-frn[demo]".') from error
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    epochs = sorted({record.get("epoch", 0) for record in records})
+    layers = list(dict.fromkeys(record["layer"] for record in records))
+    for axes, (title, keys) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
+        for number, epoch in enumerate(epochs):
+            rows = [record for record in records if record.get("epoch", 0) == epoch]
+            for key in keys:
+                points = [(layers.index(r["layer"]) + 1, r[key]) for r in rows if key in r]
+                shade = str(0.8 * (1 - (number + 1) / len(epochs)))  # the last epoch is black
+                if points:
+                    axes.plot(*zip(*points), ".-", color=shade)
+        is_ratio = keys[0] in ("epsilon_ratio", "spread")
+        axes.set(title=title, xlabel="layer", yscale="log" if is_ratio else "linear")
+    figure.savefig(path, dpi=120)

@@ -6,7 +6,8 @@ import pytest
 from backends import numpy
 from keras import layers
 
-from keras_frn.callbacks import EpsilonScheduler
+from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from keras_frn.callbacks import EpsilonScheduler, FRNMonitor
 from keras_frn.conversion import replace_batch_normalization
 
 
@@ -175,3 +176,81 @@ def test_a_model_without_a_learned_epsilon_is_refused(rng):
 def test_arguments_are_checked(arguments, match):
     with pytest.raises(ValueError, match=match):
         EpsilonScheduler(**arguments)
+
+
+def _monitored(rng):
+    """A model whose FRN layers see the inputs themselves, and one of whose channels is dead."""
+    inner = keras.Sequential([keras.Input((4, 4, 3)), TLU(axis=(1, 3), name="tlu")])
+    fused = FilterResponseNormalizationTLU(
+        epsilon=0.5, learned_epsilon="per_channel", name="fused"
+    )
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 3)),
+            layers.TimeDistributed(layers.Identity()),
+            fused,
+            FilterResponseNormalization(epsilon=[1.0, 2.0, 3.0], name="frn"),
+            inner,
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    fused.learned_epsilon.assign([0.1, -0.2, 0.3])
+    fused.tau.assign([-0.5, 0.25, 9.0])
+    x = rng.normal(size=(5, 4, 4, 3)).astype("float32") * np.array([1.0, 10.0, 0.1], "float32")
+    model.compile("sgd", "mse")
+    return model, x
+
+
+def test_monitor_against_numpy(rng):
+    model, x = _monitored(rng)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    monitor = FRNMonitor(x, per_layer=True)
+    history = model.fit(x, np.zeros((5, 3)), epochs=2, verbose=0, callbacks=[monitor]).history
+    assert [(r["epoch"], r["layer"]) for r in monitor.records] == [
+        (epoch, layer) for epoch in (0, 1) for layer in ("fused", "frn", "tlu")
+    ]
+    fused, frn, tlu = monitor.records[:3]
+    x = x.astype("float64")
+    nu2 = np.mean(x * x, (1, 2), keepdims=True)
+    epsilon = 0.5 + np.array([0.1, 0.2, 0.3])
+    y = x / np.sqrt(nu2 + epsilon)
+    z = np.maximum(y, [-0.5, 0.25, 9.0])
+    total = np.mean(x * x, (0, 1, 2))
+    rtol = 1e-5  # sums in float32
+    assert fused["epsilon_ratio"] == pytest.approx(np.median(epsilon / total), rtol)
+    assert fused["spread"] == pytest.approx(total.max() / total.min(), rtol)
+    assert fused["at_tau"] == pytest.approx(np.mean(y <= [-0.5, 0.25, 9.0]), rtol)
+    assert fused["dead"] == pytest.approx(1 / 3)
+    assert (fused["tau_min"], fused["tau_max"]) == (-0.5, 9.0)
+    assert fused["learned_epsilon_min"] == pytest.approx(-0.2)
+    total = np.mean(z * z, (0, 1, 2))
+    assert frn["epsilon_ratio"] == pytest.approx(np.median([1.0, 2.0, 3.0] / total), rtol)
+    assert "at_tau" not in frn
+    y = z / np.sqrt(np.mean(z * z, (1, 2), keepdims=True) + [1.0, 2.0, 3.0])
+    assert tlu["at_tau"] == pytest.approx(np.mean(y <= 0), rtol)
+    assert tlu["dead"] == pytest.approx(np.mean(np.all(y <= 0, (0, 2))))
+    assert history["fused/at_tau"] == pytest.approx([fused["at_tau"]] * 2)
+    assert all("call" not in vars(layer) for layer in model._flatten_layers())
+
+
+def test_monitor_logs_the_network_and_draws(rng, tmp_path):
+    model, x = _monitored(rng)
+    log = tmp_path / "log.csv"
+    monitor = FRNMonitor([x[:2], x[2:]])
+    callbacks = [monitor, keras.callbacks.CSVLogger(log)]
+    history = model.fit(x, np.zeros((5, 3)), verbose=0, callbacks=callbacks).history
+    rows = monitor.records
+    assert history["frn/spread"] == [max(row["spread"] for row in rows[:2])]
+    assert history["frn/dead"] == [max(rows[0]["dead"], rows[2]["dead"])]
+    assert "frn/at_tau" in log.read_text()
+    pytest.importorskip("matplotlib", reason="of the [demo] extra")
+    monitor.plot(tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+
+def test_monitor_of_a_model_without_frn(rng):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="`model` must have FRN or TLU layers. Received: model"):
+        x = rng.normal(size=(4, 3))
+        model.fit(x, np.zeros((4, 2)), verbose=0, callbacks=[FRNMonitor(x)])
