@@ -286,6 +286,8 @@ def plot_health(records, path):
                 shade = str(0.8 * (1 - (number + 1) / len(epochs)))  # the last epoch is black
                 if points:
                     axes.plot(*zip(*points), ".-", color=shade)
+        is_share = keys[0] in ("at_tau", "dead")
         is_ratio = keys[0] in ("epsilon_ratio", "spread")
         axes.set(title=title, xlabel="layer", yscale="log" if is_ratio else "linear")
+        axes.set(xlim=(0, len(layers) + 1), ylim=(-0.05, 1.05) if is_share else None)
     figure.savefig(path, dpi=120)

@@ -2,18 +2,34 @@
 
 import argparse
 import os
+import re
 import sys
+import zipfile
 from pathlib import Path
+
+from . import __version__
+
+_MODEL, _NEW = "a .keras or .h5 file", "{} file to write"
+# How the command line names what the functions' errors name in Python.
+_WORDS = {
+    r"`calibration_data`": "`--calibration`",
+    r"`epsilon_ratio`": "`--epsilon-ratio`",
+    r"\btau='(\w+)'": r"--tau \1",
+    r"\binteger_io=True": "--integer-io",
+    r"\bquantization='(\w+)'": r"--quantization \1",
+}
 
 
 def main(argv=None):
     """Runs a subcommand; returns 0, or 2 after an error of the user's that it has printed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except (ValueError, ImportError, OSError) as error:
-        print(f"keras-frn: {error}", file=sys.stderr)
+        message = str(error)
+        for pattern, word in _WORDS.items():
+            message = re.sub(pattern, word, message)
+        print(f"keras-frn: {message}", file=sys.stderr)
         return 2
     return 0
 
@@ -22,6 +38,7 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="keras-frn", description="Filter Response Normalization for Keras 3."
     )
+    parser.add_argument("--version", action="version", version=f"keras-frn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(function, name, help, **positional):
@@ -29,21 +46,27 @@ def _parser():
         command.set_defaults(run=function)
         for argument, text in positional.items():
             command.add_argument(argument, help=text)
+        if "output" in positional:
+            command.add_argument("--overwrite", action="store_true", help="replace a file")
         return command
 
     demo = add(_demo, "demo", "train, save, reload, export and compare on real digits")
     demo.add_argument("--output", default="keras-frn-demo", metavar="DIR", help="an empty folder")
-    add(_inspect, "inspect", "list a model's FRN and TLU layers and weights", model=".keras or .h5")
+
+    help = "list a model's FRN and TLU layers; with data, show whether they are well"
+    inspect = add(_inspect, "inspect", help, model=_MODEL)
+    inspect.add_argument("--data", metavar="NPY", help="inputs like those of training, some tens")
+    inspect.add_argument("--plot", metavar="PNG", help="draw what the data show")
 
     help = "write a LiteRT file and compare it with the model"
-    export = add(_export, "export", help, model=".keras or .h5", output=".tflite to write")
+    export = add(_export, "export", help, model=_MODEL, output=_NEW.format(".tflite"))
     presets = ["float16", "dynamic", "int8", "int8_float_statistics", "int16x8"]
     export.add_argument("--quantization", choices=presets, help="default: float32")
     export.add_argument("--calibration", metavar="NPY", help="inputs like those at inference")
     export.add_argument("--integer-io", action="store_true", help="integer inputs and outputs")
 
     help = "turn a trained BatchNormalization model into an FRN model"
-    convert = add(_convert, "convert", help, model=".keras or .h5", output=".keras to write")
+    convert = add(_convert, "convert", help, model=_MODEL, output=_NEW.format(".keras"))
     convert.add_argument("--calibration", metavar="NPY", help="inputs, some hundreds, no labels")
     convert.add_argument(
         "--epsilon-ratio", type=float, default=3.0, help="epsilon / mean square (default 3)"
@@ -54,7 +77,7 @@ def _parser():
         "migrate",
         "open a model that TensorFlow Addons saved and write it for Keras 3",
         model=".h5, .keras, SavedModel folder, .zip of one, or .json config",
-        output=".keras to write",
+        output=_NEW.format(".keras"),
     )
     migrate.add_argument("--weights", metavar="FILE", help="weights or checkpoint for a config")
     migrate.add_argument(
@@ -74,17 +97,33 @@ def _demo(arguments):
 
 
 def _inspect(arguments):
-    _print_layers(_load(arguments.model))
+    plot = arguments.plot and _target(arguments.plot, ".png", overwrite=True)
+    model, data = _load(arguments.model), _array(arguments.data)
+    _print_layers(model)
+    if data is None:
+        if plot:
+            raise ValueError("`--plot` must have data to draw. Received: no `--data`. Pass it.")
+        return
+    from .callbacks import health, plot_health
+    from .samples import Samples
+
+    rows, keys = health(model, Samples(model, data)), ("at_tau", "dead", "epsilon_ratio", "spread")
+    width = max(len(row["layer"]) for row in rows) if rows else 0
+    print(f"\n{'':{width}}  at tau    dead  eps/nu2   spread of nu2")
+    for row in rows:
+        values = [format(row[key], ".3g") if key in row else "" for key in keys]
+        print("{:{}}  {:>6}  {:>6}  {:>7}  {:>14}".format(row["layer"], width, *values))
+    if plot:
+        plot_health(rows, plot)
+        print(f"wrote {plot}")
 
 
 def _print_layers(model):
     import keras
 
-    from . import graph
-    from .layers import TLU, FilterResponseNormalization
+    from .callbacks import frn_layers
 
-    kinds = (FilterResponseNormalization, TLU)
-    layers = [layer for layer in graph.layers(model) if isinstance(layer, kinds)]
+    layers = frn_layers(model)
     print(f"{model.name}: {len(layers)} FRN and TLU layers, {model.count_params():,} parameters")
     for layer in layers:
         print(f"{layer.name} ({type(layer).__name__}, axis={layer.axis})")
@@ -99,9 +138,10 @@ def _print_layers(model):
 def _export(arguments):
     from .export import export_tflite
 
+    output = _target(arguments.output, ".tflite", arguments.overwrite)
     report = export_tflite(
         _load(arguments.model),
-        arguments.output,
+        output,
         quantization=arguments.quantization,
         calibration_data=_array(arguments.calibration),
         integer_io=arguments.integer_io,
@@ -113,7 +153,7 @@ def _export(arguments):
 def _convert(arguments):
     from .conversion import replace_batch_normalization
 
-    output = _new_keras_file(arguments.output)
+    output = _target(arguments.output, ".keras", arguments.overwrite)
     model, report = replace_batch_normalization(
         _load(arguments.model),
         _array(arguments.calibration),
@@ -128,7 +168,8 @@ def _convert(arguments):
 def _migrate(arguments):
     from .addons.loading import load_addons_model
 
-    output, inputs = _new_keras_file(arguments.output), _array(arguments.check)
+    output = _target(arguments.output, ".keras", arguments.overwrite)
+    inputs = _array(arguments.check)
     model = load_addons_model(arguments.model, arguments.weights, arguments.tau)
     _print_layers(model)
     if inputs is not None:
@@ -150,20 +191,36 @@ def _write(model, output):
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"wrote {output}")
+    print(f"wrote {output}, {output.stat().st_size:,} bytes")
 
 
-def _new_keras_file(path):
-    if not path.endswith(".keras"):
-        raise ValueError(
-            f"`output` must end in .keras. Received: output={path!r}. Call it frn.keras."
-        )
-    return Path(path)
+def _target(path, suffix, overwrite):
+    """The path of a file to write, before the work begins."""
+    path = Path(path)
+    if path.suffix != suffix:
+        problem, remedy = f"must end in {suffix}", f"Call it {path.with_suffix(suffix)}"
+    elif not path.parent.is_dir():
+        problem, remedy = "must be in a folder that exists", f"Make {path.parent}"
+    elif path.exists() and not overwrite:
+        problem, remedy = "must be a new file", "Choose another name, or pass --overwrite"
+    else:
+        return path
+    raise ValueError(f"`output` {problem}. Received: {path}. {remedy}.")
 
 
 def _load(path):
     import keras
 
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`model` must be a file. Received: {path}, which does not exist.")
+    if path.suffix not in (".keras", ".h5") or (
+        path.suffix == ".keras" and not zipfile.is_zipfile(path)
+    ):
+        raise ValueError(
+            f"`model` must be a .keras or .h5 file. Received: {path}, which is none. Write it with "
+            "`model.save`; files of TensorFlow Addons go through `keras-frn migrate`."
+        )
     return keras.models.load_model(path, compile=False)
 
 
@@ -171,4 +228,13 @@ def _array(path):
     """The array in a .npy file, read as it is used; never a pickle."""
     import numpy as np
 
-    return None if path is None else np.load(path, mmap_mode="r", allow_pickle=False)
+    if path is None:
+        return None
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
+    if not isinstance(array, np.ndarray):
+        names = ", ".join(array.files)
+        raise ValueError(f"{path} is an .npz file of {names}. Write one array with `numpy.save`.")
+    return array

@@ -121,8 +121,7 @@ def run(output, epochs=24):
         for name, path, predict, logits in _formats(model, partial, x_test, expected):
             accuracy = float(np.mean(np.argmax(logits, -1) == y_test))
             difference = float(np.max(np.abs(logits - expected)))
-            seconds = np.median(timeit.repeat(lambda: predict(x_test), number=1, repeat=20))
-            ms = 1e3 * float(seconds) / len(x_test)
+            ms = _milliseconds(predict, x_test)
             rows.append(Row(name, accuracy, difference, _kilobytes(path), ms))
         _plot(model, history, partial / "training.png")
         os.replace(partial, output)
@@ -160,6 +159,12 @@ def _predict_in_new_process(path, x):
         np.save(images, x)
         subprocess.run([sys.executable, "-c", _PREDICT, path, images, result], check=True)
         return np.load(result)
+
+
+def _milliseconds(predict, x):
+    """The median time for an image."""
+    seconds = timeit.repeat(lambda: predict(x), number=1, repeat=20)
+    return 1e3 * float(np.median(seconds)) / len(x)
 
 
 def _kilobytes(path):

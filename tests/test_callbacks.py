@@ -181,9 +181,7 @@ def test_arguments_are_checked(arguments, match):
 def _monitored(rng):
     """A model whose FRN layers see the inputs themselves, and one of whose channels is dead."""
     inner = keras.Sequential([keras.Input((4, 4, 3)), TLU(axis=(1, 3), name="tlu")])
-    fused = FilterResponseNormalizationTLU(
-        epsilon=0.5, learned_epsilon="per_channel", name="fused"
-    )
+    fused = FilterResponseNormalizationTLU(epsilon=0.5, learned_epsilon="per_channel", name="fused")
     model = keras.Sequential(
         [
             keras.Input((4, 4, 3)),
@@ -226,7 +224,7 @@ def test_monitor_against_numpy(rng):
     total = np.mean(z * z, (0, 1, 2))
     assert frn["epsilon_ratio"] == pytest.approx(np.median([1.0, 2.0, 3.0] / total), rtol)
     assert "at_tau" not in frn
-    y = z / np.sqrt(np.mean(z * z, (1, 2), keepdims=True) + [1.0, 2.0, 3.0])
+    y = z / np.sqrt(np.mean(z * z, (1, 2), keepdims=True) + np.array([1.0, 2.0, 3.0]))
     assert tlu["at_tau"] == pytest.approx(np.mean(y <= 0), rtol)
     assert tlu["dead"] == pytest.approx(np.mean(np.all(y <= 0, (0, 2))))
     assert history["fused/at_tau"] == pytest.approx([fused["at_tau"]] * 2)
@@ -251,6 +249,6 @@ def test_monitor_logs_the_network_and_draws(rng, tmp_path):
 def test_monitor_of_a_model_without_frn(rng):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="`model` must have FRN or TLU layers. Received: model"):
-        x = rng.normal(size=(4, 3))
+    x = rng.normal(size=(4, 3))
+    with pytest.raises(ValueError, match=r"`model` must have FRN or TLU layers\. Received: model"):
         model.fit(x, np.zeros((4, 2)), verbose=0, callbacks=[FRNMonitor(x)])

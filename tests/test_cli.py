@@ -1,5 +1,8 @@
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
@@ -43,6 +46,18 @@ def test_inspect(files, capsys):
     assert "-0.25" in printed
 
 
+def test_inspect_with_data(files, capsys):
+    pytest.importorskip("matplotlib", reason="of the [demo] extra")
+    options = ("--data", files / "x.npy", "--plot", files / "layers.png")
+    assert run("inspect", files / "frn.keras", *options) == 0
+    printed = capsys.readouterr().out
+    assert "spread of nu2" in printed
+    assert "layers.png" in printed
+    assert (files / "layers.png").stat().st_size > 5_000
+    assert run("inspect", files / "frn.keras", "--plot", files / "layers.png") == 2
+    assert "`--plot` must have data" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is exported with TensorFlow")
 def test_export(files, capsys):
     target = files / "m.tflite"
@@ -52,7 +67,7 @@ def test_export(files, capsys):
     assert "int8" in capsys.readouterr().out
     target.unlink()
     assert run("export", files / "frn.keras", target, "--quantization", "int8") == 2
-    assert "calibration_data" in capsys.readouterr().err
+    assert "`--calibration`" in capsys.readouterr().err
     assert not target.exists()
 
 
@@ -107,6 +122,60 @@ def test_migrate_refuses_what_is_no_such_file(files, capsys):
     assert not (files / "new.keras").exists()
 
 
+def test_migrate_names_its_own_options(tmp_path, capsys):
+    old = Path(__file__).with_name("addons_models") / "uniform_tau" / "model.keras"
+    assert run("migrate", old, tmp_path / "new.keras", "--tau", "per_channel") == 2
+    assert "--tau per_position" in capsys.readouterr().err
+    np.save(tmp_path / "x.npy", np.zeros((2, 3)))
+    with pytest.raises(SystemExit):
+        run("migrate", old, tmp_path / "new.keras", "--tau", "per_chanel")
+    assert run("migrate", old, tmp_path / "new.keras", "--check", tmp_path / "x.npy") == 2
+    assert not (tmp_path / "new.keras").exists()
+
+
+def test_an_output_is_checked_before_the_work(files, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load", None)
+    for command, suffix in (("export", ".tflite"), ("convert", ".keras"), ("migrate", ".keras")):
+        old = files / f"old{suffix}"
+        old.write_text("old")
+        assert run(command, files / "bn.keras", old) == 2
+        assert "must be a new file" in capsys.readouterr().err
+        assert old.read_text() == "old"
+        assert run(command, files / "bn.keras", files / "none" / f"new{suffix}") == 2
+        assert f"Make {files / 'none'}" in capsys.readouterr().err
+        assert run(command, files / "bn.keras", files / "new.h5") == 2
+        assert f"must end in {suffix}" in capsys.readouterr().err
+
+
+def test_overwrite(files):
+    target = files / "old.keras"
+    target.write_text("old")
+    assert run("convert", files / "bn.keras", target, "--overwrite") == 0
+    assert keras.models.load_model(target).count_params() > 0
+
+
+def test_a_file_of_the_wrong_kind_says_so(files, capsys):
+    np.savez(files / "x.npz", images=np.zeros(3))
+    (files / "empty.npy").write_bytes(b"")
+    (files / "x.txt").write_text("1 2 3")
+    np.save(files / "objects.npy", np.array([{}]), allow_pickle=True)
+    messages = {
+        "x.npz": "is an .npz file of images",
+        "empty.npy": "is no .npy file",
+        "x.txt": "is no .npy file",
+        "objects.npy": "is no .npy file",
+        "none.npy": "none.npy",
+    }
+    for name, message in messages.items():
+        options = ("--calibration", files / name)
+        assert run("convert", files / "bn.keras", files / "new.keras", *options) == 2
+        assert message in capsys.readouterr().err
+    (files / "text.keras").write_text("not a zip file")
+    for name in ("text.keras", "x.npz"):
+        assert run("inspect", files / name) == 2
+        assert "`model` must be a .keras or .h5 file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["inspect", "export", "convert", "migrate"])
 def test_a_missing_file_is_an_error_without_traceback(command, tmp_path, capsys):
     outputs = {"inspect": [], "export": [tmp_path / "o.tflite"]}.get(
@@ -123,3 +192,52 @@ def test_the_command_runs_as_a_module():
     assert result.returncode == 0
     for command in ("demo", "inspect", "export", "convert", "migrate"):
         assert command in result.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out.startswith("keras-frn 0.1")
+
+
+@pytest.fixture
+def command():
+    """The start of a command line, as the installed command is, and its environment."""
+    code = "import keras_frn_command; raise SystemExit(keras_frn_command.main())"
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    return [sys.executable, "-c", code], environment
+
+
+def test_nothing_but_the_command_speaks(files, command):
+    start, environment = command
+    for model, code in (("frn.keras", 0), ("none.keras", 2)):
+        result = subprocess.run(
+            [*start, "inspect", files / model],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == code
+        assert result.stderr.count("\n") == code // 2, result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
+def test_control_c(tmp_path, command):
+    pytest.importorskip("sklearn", reason="of the [demo] extra")
+    start, environment = command
+    process = subprocess.Popen(
+        [*start, "demo", "--output", tmp_path / "demo"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while b"Epoch" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip() == "keras-frn: interrupted, nothing was written"
+    assert time.monotonic() - started < 15  # five seconds at most, and a busy machine
+    assert list(tmp_path.iterdir()) == []

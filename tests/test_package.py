@@ -98,7 +98,8 @@ def imported_rooms(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             folder = list(parts[: len(parts) - node.level])
-            modules = [node.module] if node.module else [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names if alias.name != "__version__"]
+            modules = [node.module] if node.module else names
             yield from (room([*folder, *module.split(".")]) for module in modules)
 
 
