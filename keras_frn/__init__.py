@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import ops
+from . import constraints, ops
 from .addons import legacy  # noqa: F401  (registers what migrated files need)
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
@@ -22,6 +22,7 @@ __all__ = [
     "FilterResponseNormalization",
     "FilterResponseNormalizationTLU",
     "callbacks",
+    "constraints",
     "export_tflite",
     "load_addons_model",
     "load_addons_weights",

@@ -74,7 +74,7 @@ def test_imports_of_the_package(path):
 
 # Each room imports from earlier rows only. `demo` and `cli` are what a user runs.
 ROOMS = [
-    {"compilation", "gradients"},
+    {"compilation", "constraints", "gradients"},
     {"ops"},
     {"layers"},
     {"graph"},
@@ -142,7 +142,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
 def examples():
     """The examples in docstrings; those of `addons` need files and are run by its own tests."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for name in ("layers", "ops", "callbacks", "models", "conversion", "export"):
+    for name in ("layers", "ops", "constraints", "callbacks", "models", "conversion", "export"):
         module = importlib.import_module(f"keras_frn.{name}")
         yield from (test for test in finder.find(module, f"keras_frn.{name}") if test.examples)
 
