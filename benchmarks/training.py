@@ -22,8 +22,8 @@ def rates(peak, steps, warm_up=0.05):
 def training_step(model, batch_loss, decay=0.0, decay_all=False, momentum=0.9):
     """SGD with Nesterov momentum and Keras' constraints; `decay` is of kernels, or of all weights.
 
-    `batch_loss(predict, data, batch)` calls `predict(x)` once and returns a loss; `data` stays on the
-    device, `batch` and `rate` are new in each step."""
+    `batch_loss(predict, data, batch)` calls `predict(x)` once and returns a loss; `data` stays
+    on the device, `batch` and `rate` are new in each step."""
     variables = model.trainable_variables
     decays = [decay if decay_all or v.path.endswith("kernel") else 0.0 for v in variables]
 
@@ -60,6 +60,22 @@ def initial_state(model):
     ]
     statistics = [jnp.array(v.value) for v in model.non_trainable_variables]
     return weights, statistics, [jnp.zeros_like(w) for w in weights]
+
+
+def predictor(model):
+    return jax.jit(lambda w, s, x: model.stateless_call(w, s, x, training=False)[0])
+
+
+def batch_statistics(model, momentum):
+    """The moving statistics that BatchNormalization would have if there were only this batch."""
+
+    def statistics(weights, moving, x):
+        # From zero, one update of momentum m leaves 1 - m of the batch's statistics.
+        zeros = [jnp.zeros_like(v) for v in moving]
+        new = model.stateless_call(weights, zeros, x, training=True)[1]
+        return [v / (1 - momentum) for v in new]
+
+    return jax.jit(statistics)
 
 
 def read(path):

@@ -15,9 +15,9 @@ class ZeroMean(keras.constraints.Constraint):
     w = w - mean(w)            over the axes that belong to one filter
     ```
 
-    Filter Response Normalization does not subtract the mean of its input. A filter of zero mean does
-    most of that for it: what its inputs have in common does not pass. Applied after each update, as
-    every constraint; nothing of it is left at inference.
+    Filter Response Normalization does not subtract the mean of its input. A filter of zero mean
+    does most of that for it: what its inputs have in common does not pass. Applied after each
+    update, as every constraint; nothing of it is left at inference.
 
     Shape: a kernel of rank 2 or more.
 
@@ -52,20 +52,20 @@ class ZeroMean(keras.constraints.Constraint):
         self.axis = None if axis is None else tuple(map(int, axes))
 
     def __call__(self, value):
-        rank = len(value.shape)
-        axes = tuple(range(rank - 1)) if self.axis is None else self.axis
-        sizes = [value.shape[a] for a in axes if -rank <= a < rank]
-        if len(sizes) < len(axes) or math.prod(sizes) < 2:
+        shape, rank = tuple(value.shape), len(value.shape)
+        axes = range(rank - 1) if self.axis is None else self.axis
+        axes = {a % rank if -rank <= a < rank else None for a in axes}
+        count = 0 if None in axes else math.prod(shape[a] for a in axes)
+        if count < 2 or len(axes) == rank:
             raise ValueError(
-                "`axis` must name axes of the kernel that have more than one weight together. "
-                f"Received: axis={self.axis} for a kernel of shape {tuple(value.shape)}. Use (0, 1) "
-                "for a depthwise 2D kernel, and no constraint where a filter is one weight."
+                "`axis` must name axes of the kernel that have more than one weight together and "
+                f"leave one for the filters. Received: axis={self.axis} for a kernel of shape "
+                f"{shape}. Use (0, 1) for `DepthwiseConv2D`, and none where a filter is one weight."
             )
         dtype = keras.backend.standardize_dtype(value.dtype)
-        if dtype in ("float16", "bfloat16"):
-            wide = ops.cast(value, "float32")
-            return ops.cast(wide - ops.mean(wide, axis=axes, keepdims=True), dtype)
-        return value - ops.mean(value, axis=axes, keepdims=True)
+        # Half precision is computed in float32. A sum, as `ops.mean` is float32 on JAX.
+        wide = ops.cast(value, "float64" if dtype == "float64" else "float32")
+        return ops.cast(wide - ops.sum(wide, axis=tuple(axes), keepdims=True) / count, dtype)
 
     def get_config(self):
         return {"axis": self.axis}
