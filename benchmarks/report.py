@@ -129,7 +129,9 @@ def plot_batches(rows, names, path):
             if points:
                 x, y, half = zip(*points)
                 means += y
-                axis.errorbar(x, y, np.nan_to_num(half), color=COLORS[name], **style(name))
+                axis.errorbar(
+                    x, y, np.nan_to_num(half), color=COLORS[name], capsize=2, **style(name)
+                )
         axis.set_title(f"Fashion-MNIST, {kind}", fontsize=10)
     for name, values in PAPER.items():
         axes[2].plot(PAPER_BATCHES, values, color=COLORS[name], **style(name))
@@ -155,9 +157,8 @@ def plot_batches(rows, names, path):
 
 def style(name):
     ours = name.startswith("FRN")
-    return {"label": name, "marker": "o", "ms": 4, "lw": 2.2 if ours else 1.2, "capsize": 2} | (
-        {} if "BatchRe" not in name else {"ls": "--"}
-    )
+    line = {"ls": "--"} if name.startswith("BatchRe") else {}
+    return {"label": name, "marker": "o", "ms": 4, "lw": 2.2 if ours else 1.2, **line}
 
 
 def plot_bars(rows, names, path):

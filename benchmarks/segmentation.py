@@ -142,9 +142,9 @@ def train(name, zero_mean, seed, steps, rate, data):
     return validation[best], lambda: dice(predict, weights, choices[best], *data["test"])
 
 
-def tune(path, steps, data):
+def tune(path, steps, data, names):
     done = {(r["normalization"], r["zero_mean"], r["rate"]) for r in read(path)}
-    for name in NORMALIZATIONS:
+    for name in names:
         for zero_mean in (False, True):
             for rate in RATES:
                 if (name, str(int(zero_mean)), str(rate)) in done:
@@ -155,13 +155,13 @@ def tune(path, steps, data):
                 print(*row.values(), f"{validation:.2f}", flush=True)
 
 
-def study(path, rates_path, steps, seeds, data):
+def study(path, rates_path, steps, seeds, data, names):
     best = {}
     for row in read(rates_path):
         where = row["normalization"], row["zero_mean"] == "1"
         best[where] = max(best.get(where, (0, 0)), (float(row["validation"]), float(row["rate"])))
     done = {(r["normalization"], r["zero_mean"], r["seed"], r["steps"]) for r in read(path)}
-    runs = [(n, z, s) for s in range(seeds) for n in NORMALIZATIONS for z in (False, True)]
+    runs = [(n, z, s) for s in range(seeds) for n in names for z in (False, True)]
     runs = [r for r in runs if (r[0], str(int(r[1])), str(r[2]), str(steps)) not in done]
     began = time.monotonic()
     for number, (name, zero_mean, seed) in enumerate(runs, 1):
@@ -177,6 +177,7 @@ def study(path, rates_path, steps, seeds, data):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--only", nargs="+", help="names of normalizations")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16)
@@ -188,9 +189,10 @@ def main():
         for seed, (part, count) in enumerate(counts.items())
     }
     path, rates_path = (arguments.results / f"segmentation{s}.csv" for s in ("", "_rates"))
+    names = [n for n in NORMALIZATIONS if n in (arguments.only or NORMALIZATIONS)]
     if arguments.tune:
-        tune(rates_path, max(1, arguments.steps // 3), data)
-    study(path, rates_path, arguments.steps, arguments.seeds, data)
+        tune(rates_path, max(1, arguments.steps // 3), data, names)
+    study(path, rates_path, arguments.steps, arguments.seeds, data, names)
     rows = [r for r in read(path) if r["steps"] == str(arguments.steps)]
     print("\nDice in %, mean ± 95 % interval:")
     cells(rows, "dice", NORMALIZATIONS, [("Dice", {})])

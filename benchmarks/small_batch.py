@@ -189,8 +189,9 @@ def load(folder):
         images = (getattr(data, f"{part}_images") - 0.286) / 0.353
         DATA[part] = jnp.asarray(images), jnp.asarray(getattr(data, f"{part}_labels"), "int32")
     images, labels = DATA["train"]
-    DATA["validation"] = images[-VALIDATION:], labels[-VALIDATION:]
-    DATA["train"] = images[:-VALIDATION], labels[:-VALIDATION]
+    held_out = min(VALIDATION, len(images) // 4)
+    DATA["validation"] = images[-held_out:], labels[-held_out:]
+    DATA["train"] = images[:-held_out], labels[:-held_out]
     DATA["probe"] = images[:256]
 
 
@@ -271,11 +272,11 @@ def key(row):
     return tuple(str(row[name]) for name in names)
 
 
-def tune(path, images):
+def tune(path, images, names, batches):
     """Tries RATES, and more than the last of them where that is the best."""
-    for batch in (2, 32):
+    for batch in batches:
         for zero_mean in (True, False):
-            for name in NORMALIZATIONS:
+            for name in names:
                 where = {"normalization": name, "zero_mean": int(zero_mean), "at_batch": batch}
                 found = {
                     float(r["rate"]): float(r["validation"])
@@ -356,6 +357,7 @@ def main():
     parser.add_argument("--images", type=int, default=10_000, help="that each network sees")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--only", nargs="+", help="names of normalizations, or of changes")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
@@ -363,9 +365,14 @@ def main():
     load(arguments.data)
     path, rates_path = (arguments.results / f"small_batch{s}.csv" for s in ("", "_rates"))
     if arguments.tune:
-        tune(rates_path, arguments.images // 4)
+        names = [n for n in NORMALIZATIONS if n in (arguments.only or NORMALIZATIONS)]
+        tune(
+            rates_path, arguments.images // 4, names, [b for b in (2, 32) if b in arguments.batches]
+        )
     runs = (ablation_runs if arguments.ablate else study_runs)(arguments.seeds)
     runs = [r for r in runs if r[2] in arguments.batches]
+    if arguments.only:
+        runs = [r for r in runs if (r[4] or r[0]) in arguments.only]
     perform(runs, path, rates_path, arguments.images, arguments.budget_minutes)
     report(path, arguments.images)
 

@@ -51,17 +51,15 @@ def trained(layer, x, dtype="float32"):
 def test_every_kernel_has_zero_mean_after_a_step(kind, rng):
     make, shape, axis, axes = KERNELS[kind]
     kernel = trained(make(ZeroMean(axis)), rng.normal(size=shape).astype("float32"))
-    filters = tuple(i for i in range(kernel.ndim) if i not in axes)
     # The sum of some tens of numbers below 1, each rounded in float32.
     assert np.abs(kernel.mean(axes)).max() < 1e-7
-    assert kernel.mean(axes).shape == tuple(kernel.shape[i] for i in filters)
     assert kernel.std(axes).min() > 1e-3, "a filter is more than its mean"
 
 
 @pytest.mark.parametrize("axis", [None, 0, -1, (0, 1), [0, 1, 3]])
 def test_value_against_numpy(axis, rng):
     kernel = rng.normal(1.0, size=(3, 3, 4, 5)).astype("float32")
-    axes = {None: (0, 1, 2)}.get(axis if axis is None else "", axis)
+    axes = (0, 1, 2) if axis is None else axis
     expected = kernel - np.mean(kernel, axis=tuple(np.atleast_1d(axes)), keepdims=True)
     # Two roundings of float32 in numbers up to 4.
     np.testing.assert_allclose(numpy(ZeroMean(axis)(kernel)), expected, atol=1e-6)
