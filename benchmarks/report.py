@@ -180,7 +180,7 @@ def plot_bars(rows, names, path):
     axis.set_xlabel("Dice, %; marks are seeds")
     values = [float(r["dice"]) for r in rows]
     axis.set_xlim(max(0, min(values) - 10), min(100, max(values) + 3))
-    axis.legend(loc="outside right upper", fontsize=9)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)
