@@ -4,7 +4,6 @@ import pytest
 from backends import float64_enabled, numpy
 from keras import layers
 
-import keras_frn
 from keras_frn.constraints import ZeroMean
 
 # (layer, shape of its input, axis, the axes of a filter)
@@ -97,10 +96,6 @@ def test_save_and_load(tmp_path, rng):
     assert tuple(loaded.layers[0].depthwise_constraint.axis) == (0, 1)
     assert second["kernel_constraint"]["config"] == {"axis": None}
     np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
-
-
-def test_it_is_public():
-    assert keras_frn.constraints.ZeroMean is ZeroMean
 
 
 @pytest.mark.parametrize("axis", [True, 1.0, "channels", (), (0, 0), (0, None)])

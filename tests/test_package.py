@@ -122,7 +122,7 @@ def test_import_loads_no_other_backend_and_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     seconds, *modules = output.stdout.split()
-    assert "keras_frn.layers" in modules
+    assert {"keras_frn.layers", "keras_frn.constraints"} <= set(modules), "files need them"
     assert not {m.split(".")[0] for m in modules} & HEAVY
     assert "keras_frn.export" not in modules, "tools load when they are used"
     # A few milliseconds on a quiet machine; the bound catches an import that does not belong.
