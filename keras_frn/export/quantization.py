@@ -84,9 +84,16 @@ def convert(model, preset, specs, samples, integer_io):
         serve = functools.partial(model.__call__, training=False)
         archive.add_endpoint("serve", serve, input_signature=specs)
         archive.write_out(folder, verbose=False)
-        if not preset.quantizer_operators:
+        if not preset.is_calibrated:
             return _by_converter(folder, preset, input_names, samples, integer_io), []
         content = _by_converter(folder, PRESETS[None], input_names, samples, False)
+        if "WHILE" in LiteRT(content, is_plain=True).count_operators():
+            # The converter does not survive one in int16x8.
+            raise ValueError(
+                "a loop has no integer form. Build recurrent layers with unroll=True, or use 'dynamic'"
+            )
+        if not preset.quantizer_operators:
+            return _by_converter(folder, preset, input_names, samples, integer_io), []
         content = _by_quantizer(content, preset, input_names, samples, integer_io)
         in_float = _float_operators(content) if preset.is_integer else []
         if not in_float:
