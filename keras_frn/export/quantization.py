@@ -90,7 +90,8 @@ def convert(model, preset, specs, samples, integer_io):
         if "WHILE" in LiteRT(content, is_plain=True).count_operators():
             # The converter does not survive one in int16x8.
             raise ValueError(
-                "a loop has no integer form. Build recurrent layers with unroll=True, or use 'dynamic'"
+                "a loop has no integer form. Build recurrent layers with unroll=True, or use "
+                "'dynamic'"
             )
         if not preset.quantizer_operators:
             return _by_converter(folder, preset, input_names, samples, integer_io), []
