@@ -1,7 +1,7 @@
 """Trains under TensorFlow's strategies and on one device, and prints the differences as JSON.
 
-KERAS_BACKEND=tensorflow python tests/devices_tensorflow.py mirrored
-KERAS_BACKEND=tensorflow python tests/devices_tensorflow.py RANK PORT PORT     in two processes"""
+python tests/devices_tensorflow.py mirrored
+python tests/devices_tensorflow.py RANK PORT PORT     in two processes"""
 
 import json
 import os
@@ -40,7 +40,7 @@ def mirrored():
 
 
 def multi_worker(rank, ports):
-    """A loop of one's own in two processes; and whether `fit` works, with this layer and with Keras' own."""
+    """A loop of one's own in two processes; and what `fit` does, with this layer and Keras' own."""
     cluster = {"worker": [f"localhost:{port}" for port in ports]}
     task = {"type": "worker", "index": rank}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})

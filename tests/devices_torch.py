@@ -1,19 +1,18 @@
 """Trains under DistributedDataParallel and alone, and prints as JSON what differs.
 
-KERAS_BACKEND=torch python tests/devices_torch.py RANK PORT     in two processes"""
+python tests/devices_torch.py RANK PORT     in two processes"""
 
 import json
 import os
 import sys
 
 os.environ["KERAS_BACKEND"] = "torch"
-rank, port = sys.argv[1:]
-os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port, RANK=rank, WORLD_SIZE="2")
 
 import torch
 from devices_network import BATCH, data, difference, frn, frn_tlu, moved, network
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+rank, port = sys.argv[1:]
 x, y = (torch.tensor(part) for part in data())
 
 
@@ -29,7 +28,9 @@ def train(model, net, part):
 
 
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group(
+    "gloo", f"tcp://localhost:{port}", rank=int(rank), world_size=2
+)
 start, net = network(frn, frn_tlu), network(frn, frn_tlu)
 parallel = torch.nn.parallel.DistributedDataParallel(net)
 buckets = []
