@@ -55,7 +55,12 @@ def load(data):
 
         digits = load_digits()
         images, held_out = digits.images[..., None].astype("float32") / 16, np.arange(1797) % 5 == 0
-        return images[~held_out], digits.target[~held_out], images[held_out], digits.target[held_out]
+        return (
+            images[~held_out],
+            digits.target[~held_out],
+            images[held_out],
+            digits.target[held_out],
+        )
 
     def read(name, header):
         with gzip.open(Path(data, f"{name}.gz")) as file:
