@@ -4,12 +4,13 @@ Accelerator: none, minutes on two CPU cores
 
 ## Introduction
 
-A Bayesian network answers with the mean over many networks, each weighted by how well it explains the training
-data. To sample them, Hamiltonian Monte Carlo (HMC) needs a *function* of the weights, the log-density, whose
-value and gradient are exact. Batch statistics break that: with BatchNormalization the likelihood of one image
-depends on the images beside it, and the moving averages are no weights at all. So Izmailov et al., "What Are
-Bayesian Neural Network Posteriors Really Like?" (ICML 2021, https://arxiv.org/abs/2104.14421) used FRN and a
-smooth activation. `keras_frn.models.resnet_cifar` is their network; here it is narrow, on 8x8 digits.
+A Bayesian network answers with the mean over many networks, each weighted by how well it explains
+the training data. To sample them, Hamiltonian Monte Carlo (HMC) needs a *function* of the weights,
+the log-density, whose value and gradient are exact. Batch statistics break that: with
+BatchNormalization the likelihood of one image depends on the images beside it, and the moving
+averages are no weights at all. So Izmailov et al., "What Are Bayesian Neural Network Posteriors
+Really Like?" (ICML 2021, https://arxiv.org/abs/2104.14421) used FRN and a smooth activation.
+`keras_frn.models.resnet_cifar` is their network; here it is narrow, on 8x8 digits.
 
 ## Setup
 
@@ -55,8 +56,9 @@ def load(count):
 """
 ## The posterior
 
-`stateless_call` makes the network a function of its weights. FRN has no state, so that is all there is: the sum
-of the log-likelihoods of all images, and a Gaussian prior with the variance of the paper, 1/5.
+`stateless_call` makes the network a function of its weights. FRN has no state, so that is all there
+is: the sum of the log-likelihoods of all images, and a Gaussian prior with the variance of the
+paper, 1/5.
 """
 
 
@@ -77,8 +79,8 @@ def posterior(model, images, labels, variance=0.2):
 """
 ## One trained network
 
-The maximum of the same log-density, found by Adam: what is usually meant by training, with weight decay. The
-chain starts there.
+The maximum of the same log-density, found by Adam: what is usually meant by training, with weight
+decay. The chain starts there.
 """
 
 
@@ -100,14 +102,14 @@ def maximum(log_density, weights, steps, rate=0.01):
 """
 ## The chain
 
-A sample is the end of a trajectory of leapfrog steps, which follows the gradient of the log-density over all
-images. In the first samples, which are thrown away, the step size is fitted so that 80 % of the trajectories are
-accepted.
+A sample is the end of a trajectory of leapfrog steps, which follows the gradient of the log-density
+over all images. In the first samples, which are thrown away, the step size is fitted so that 80 %
+of the trajectories are accepted.
 """
 
 
 def sample(log_density, start, samples, burn_in, leapfrog, step_size):
-    """Yields the weights of each sample after the burn-in, the acceptance and whether it diverged."""
+    """Yields the weights, the acceptance and the divergence of each sample after the burn-in."""
     kernel = blackjax.hmc.build_kernel()
 
     @jax.jit
@@ -130,9 +132,9 @@ def sample(log_density, start, samples, burn_in, leapfrog, step_size):
 """
 ## Accuracy and calibration
 
-The predictive distribution is the mean of the samples' probabilities. Negative log-likelihood and the expected
-calibration error, the mean distance between how sure a network is and how often it is right, tell how far its
-probabilities can be trusted; less is better.
+The predictive distribution is the mean of the samples' probabilities. Negative log-likelihood and
+the expected calibration error, the mean distance between how sure a network is and how often it is
+right, tell how far its probabilities can be trusted; less is better.
 """
 
 

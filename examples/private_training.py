@@ -1,24 +1,25 @@
 """Title: Differentially private training of a network with FRN
-Description: DP-SGD on Fashion-MNIST with jax-privacy: accuracy and epsilon, GroupNormalization beside.
+Description: DP-SGD with jax-privacy: accuracy and epsilon, beside GroupNormalization.
 Accelerator: none, minutes on two CPU cores
 
 ## Introduction
 
-A model that was trained on private data must not give any single person away. DP-SGD (Abadi et al., 2016,
-https://arxiv.org/abs/1607.00133) bounds what one example can do to the weights: the gradient *of each example*
-is clipped to a norm, the clipped gradients are added up, and Gaussian noise of that norm is added to the sum.
+A model that was trained on private data must not give any single person away. DP-SGD (Abadi et al.,
+2016, https://arxiv.org/abs/1607.00133) bounds what one example can do to the weights: the gradient
+*of each example* is clipped to a norm, the clipped gradients are added up, and Gaussian noise of
+that norm is added to the sum.
 
-Batch statistics have no place there. With BatchNormalization the gradient "of one example" is a function of
-all the examples beside it, so clipping it bounds nothing. FRN normalizes each example by itself. So does
-GroupNormalization, the usual replacement, which we train beside it.
+Batch statistics have no place there. With BatchNormalization the gradient "of one example" is a
+function of all the examples beside it, so clipping it bounds nothing. FRN normalizes each example
+by itself. So does GroupNormalization, the usual replacement, which we train beside it.
 
 ## Setup
 
     pip install "keras-frn[examples]"
     python examples/private_training.py
 
-Fashion-MNIST comes with the Debian package `dataset-fashion-mnist`; elsewhere put its four files in a folder
-and name that with `--data`. `--data digits` takes the 8x8 digits of scikit-learn instead.
+Fashion-MNIST comes with the Debian package `dataset-fashion-mnist`; elsewhere put its four files in
+a folder and name that with `--data`. `--data digits` takes the 8x8 digits of scikit-learn instead.
 """
 
 import argparse
@@ -31,7 +32,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import dp_accounting
 import jax
-import jax.numpy as jnp
 import jax_privacy
 import keras
 import numpy as np
@@ -76,8 +76,8 @@ def load(data):
 """
 ## The network
 
-Three convolutions, small as is usual under privacy: the noise grows with the number of weights, the gradient
-does not. The networks differ in the two layers after each convolution.
+Three convolutions, small as is usual under privacy: the noise grows with the number of weights, the
+gradient does not. The networks differ in the two layers after each convolution.
 """
 
 NORMALIZATIONS = {
@@ -100,12 +100,13 @@ def network(normalization, input_shape, width):
 """
 ## A private step
 
-`jax_privacy.clipped_grad` turns the loss of one example into the sum of clipped gradients of a batch: `vmap` of
-`grad` inside, one vectorized call. `stateless_call` gives it the network as a function of its weights.
+`jax_privacy.clipped_grad` turns the loss of one example into the sum of clipped gradients of a
+batch: `vmap` of `grad` inside, one vectorized call. `stateless_call` gives it the network as a
+function of its weights.
 
-The sampling is Poisson: each example is in a batch with the same probability, independently of the others, as
-the accounting assumes. Batches then differ in size. They are filled up to a multiple of 128 with examples of
-weight 0, so that few sizes are compiled.
+The sampling is Poisson: each example is in a batch with the same probability, independently of the
+others, as the accounting assumes. Batches then differ in size. They are filled up to a multiple of
+128 with examples of weight 0, so that few sizes are compiled.
 """
 
 
@@ -133,8 +134,9 @@ def private_step(model, optimizer, clip, noise, batch):
 """
 ## Training and accounting
 
-Epsilon says how much the output may tell about one example, at a probability `delta` of telling more: less is more
-private. `dp_accounting` adds the steps up. It knows neither the network nor the data.
+Epsilon says how much the output may tell about one example, at a probability `delta` of telling
+more: less is more private. `dp_accounting` adds the steps up. It knows neither the network nor the
+data.
 """
 
 
@@ -207,6 +209,6 @@ if __name__ == "__main__":
 """
 ## What to expect
 
-The figures of a full run are in `docs/per-example-gradients.md`. Under the same epsilon the networks get the same
-noise; what differs is how well they learn from clipped gradients.
+The figures of a full run are in `docs/per-example-gradients.md`. Under the same epsilon the
+networks get the same noise; what differs is how well they learn from clipped gradients.
 """
