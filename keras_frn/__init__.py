@@ -3,8 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import ops
-from .addons import legacy  # noqa: F401  (registers what migrated files need)
+from . import addons, ops  # noqa: F401  (addons registers what migrated files need)
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 if TYPE_CHECKING:

@@ -131,7 +131,7 @@ def test_registered_names():
 
 def test_what_migrated_files_need_is_registered_at_once(tmp_path):
     """The activation of Keras 2 that Keras 3 changed, in a process that only imports keras_frn."""
-    from keras_frn.addons.legacy import hard_sigmoid_of_keras2
+    from keras_frn.addons import hard_sigmoid_of_keras2
 
     model = keras.Sequential([keras.Input((3,)), keras.layers.Activation(hard_sigmoid_of_keras2)])
     model.save(tmp_path / "m.keras")

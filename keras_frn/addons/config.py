@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from ..layers import TLU, FilterResponseNormalization
-from .legacy import hard_sigmoid_of_keras2
+from . import hard_sigmoid_of_keras2
 from .operators import call_operator
 
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)

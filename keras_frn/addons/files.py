@@ -94,9 +94,6 @@ def _check_version(version):
         raise ValueError(f"Keras {version} saved it: open it with keras.saving.load_model")
 
 
-# HDF5
-
-
 def _hdf5(file, stack):
     root = stack.enter_context(h5py.File(file, "r"))
     group = root.get("model_weights", root)
@@ -128,9 +125,6 @@ def _names(group, attribute):
     parts = [attribute, *(f"{attribute}{i}" for i in range(len(group.attrs)))]
     names = [name for part in parts for name in group.attrs.get(part, ())]
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-
-
-# SavedModel folders and checkpoints
 
 
 def _saved_model(folder):

@@ -36,10 +36,7 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
     Raises:
         ValueError: if the file is damaged or of Keras 3, or has a layer that cannot be read.
     """
-    if tau not in _TAU:
-        raise ValueError(
-            f"`tau` must be one of {_TAU}. Received: tau={tau!r}. Use 'auto' to lose nothing."
-        )
+    _check_tau(tau, _TAU, "Use 'auto' to lose nothing")
     with contextlib.ExitStack() as stack:
         stack.enter_context(keras.saving.custom_object_scope(custom_objects or {}))
         saved = stack.enter_context(files.opened(path))
@@ -78,11 +75,7 @@ def load_addons_weights(model, path, tau="auto"):
     Raises:
         ValueError: if the model is not built, or the file does not fit it.
     """
-    if tau not in ("auto", "per_channel_mean"):
-        raise ValueError(
-            "`tau` must be 'auto' or 'per_channel_mean'. Received: "
-            f"tau={tau!r}. Choose TLU(axis=...) in the model."
-        )
+    _check_tau(tau, ("auto", "per_channel_mean"), "Choose TLU(axis=...) in the model")
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             f"`model` must be a built keras.Model. Received: model={model!r}. "
@@ -90,6 +83,11 @@ def load_addons_weights(model, path, tau="auto"):
         )
     with files.opened(path) as saved, files.explained(path):
         _assign(match(model, {}, saved.weights), tau)
+
+
+def _check_tau(tau, choices, remedy):
+    if tau not in choices:
+        raise ValueError(f"`tau` must be one of {choices}. Received: tau={tau!r}. {remedy}.")
 
 
 def _model(saved, tau, thresholds=None):
