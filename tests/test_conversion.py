@@ -6,7 +6,6 @@ import pytest
 from keras import layers
 from reference import close
 
-import keras_frn
 from keras_frn.conversion import replace_batch_normalization
 from keras_frn.layers import TLU, FilterResponseNormalization
 
