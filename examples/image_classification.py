@@ -1,5 +1,5 @@
 """Title: Image classification at batch size 2
-Description: A residual network with FRN, TLU and filters of zero mean, trained two images at a time.
+Description: A residual network with FRN, TLU and zero-mean filters, two images at a time.
 Accelerator: none, two minutes on two CPU cores
 
 ## Introduction
@@ -22,8 +22,8 @@ It got 80.9 % of the test images after two passes over 6,000 images (Keras 3.15.
 seed).
 
 Fashion-MNIST comes with the Debian package `dataset-fashion-mnist`. Elsewhere put its four files
-into a folder and name that with `--data`. Without them the example takes the 8x8 digits of scikit-
-learn.
+into a folder and name that with `--data`. Without them the example takes the 8x8 digits of
+scikit-learn.
 """
 
 import argparse

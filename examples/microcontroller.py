@@ -1,5 +1,5 @@
 """Title: A digit classifier for a microcontroller
-Description: Train, quantize to 8-bit integers, and run the file in TensorFlow Lite Micro's interpreter.
+Description: Train, quantize to 8-bit integers, and run the file in TensorFlow Lite Micro.
 Accelerator: none, a minute on two CPU cores
 
 ## Introduction
@@ -15,7 +15,7 @@ device. At last the file becomes a C array to compile into a program.
 
 ## Setup
 
-    pip install "keras-frn[demo,export]" tflite-micro
+    pip install "keras-frn[examples]"
     python examples/microcontroller.py
 
 The file has 19,008 bytes and needs 6,560 bytes of memory beside it. TensorFlow Lite Micro read 98.3
@@ -133,9 +133,8 @@ def main(epochs=15, images=None, output="digits_int8.tflite"):
     accuracy = float(np.mean(results.argmax(-1) == y_test[:images]))
     steps = int(np.max(np.abs(results.astype(int) - expected)))
     write_header(path, path.with_suffix(".h"))
-    print(
-        f"TensorFlow Lite Micro: {accuracy:.1%} of {len(results)} digits, at most {steps} steps from LiteRT"
-    )
+    print(f"TensorFlow Lite Micro: {accuracy:.1%} of {len(results)} digits")
+    print(f"at most {steps} steps of 256 from LiteRT")
     print(f"wrote {path}, {path.stat().st_size:,} bytes, and {path.with_suffix('.h')}")
     return accuracy, steps
 

@@ -13,7 +13,7 @@ ANY = ("tensorflow", "jax", "torch")
 TOYS = {
     "image_classification.py": (
         ANY,
-        "sklearn",
+        "keras_frn.constraints",
         {"data": "none", "images": 64, "epochs": 1, "width": 4, "output": "model.keras"},
         lambda accuracy: 0 <= accuracy <= 1,
     ),
