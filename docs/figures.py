@@ -15,29 +15,29 @@ SAMPLES, CHANNELS, SIDE = 3, 4, 3
 
 def averages():
     """What one statistic is taken over: samples are rows, channels are columns of small images."""
-    figure = Figure(figsize=(6.8, 5.2), layout="constrained")
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
     figure.get_layout_engine().set(hspace=0.1)
     panels = {
         "BatchNormalization": (
-            "one channel of all samples",
+            "one channel, all samples",
             lambda sample, channel, position: channel == 0,
         ),
         "LayerNormalization": (
-            "one position of one sample, all channels",
+            "one position, all channels",
             lambda sample, channel, position: sample == 0 and position == 0,
         ),
         "GroupNormalization": (
-            "some channels of one sample",
+            "some channels, one sample",
             lambda sample, channel, position: sample == 0 and channel < 2,
         ),
         "FilterResponseNormalization": (
-            "one channel of one sample",
+            "one channel, one sample",
             lambda sample, channel, position: sample == 0 and channel == 0,
         ),
     }
     for axes, (name, (what, is_in)) in zip(figure.subplots(2, 2).flat, panels.items()):
         _grid(axes, is_in)
-        axes.set_title(name, fontsize=12, fontweight="bold", color=DARK, pad=20)
+        axes.set_title(name, fontsize=10.5, fontweight="bold", color=DARK, pad=20)
         axes.text(0.5, 1.03, what, transform=axes.transAxes, ha="center", fontsize=10, color=DARK)
     return figure
 
@@ -63,7 +63,7 @@ def _grid(axes, is_in):
 
 def activations():
     """ReLU beside TLU."""
-    figure = Figure(figsize=(6.8, 2.9), layout="constrained")
+    figure = Figure(figsize=(5.6, 2.6), layout="constrained")
     y = np.array([-3, -1, 0, 0.7, 3])
     left, right = figure.subplots(1, 2, sharey=True)
     left.plot(y, np.maximum(y, 0), color=BLUE, lw=2.5)
@@ -71,7 +71,7 @@ def activations():
     for tau, shade in ((-1.0, BLUE), (0.0, LINE), (0.7, LINE)):
         right.plot(y, np.maximum(y, tau), color=shade, lw=2.5 if shade == BLUE else 1.3)
         right.text(-2.9, tau + 0.1, f"tau = {tau:g}", color=DARK, fontsize=10)
-    right.set_title("TLU: max(y, tau), tau is learned", fontsize=12, fontweight="bold", color=DARK)
+    right.set_title("TLU: max(y, tau)", fontsize=12, fontweight="bold", color=DARK)
     for axes in (left, right):
         axes.set(xlabel="y", xlim=(-3, 3), ylim=(-1.6, 3))
         axes.set(xticks=[-2, 0, 2], yticks=[-1, 0, 1, 2, 3])

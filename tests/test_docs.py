@@ -1,5 +1,6 @@
 """The code in README and in the guides runs, in a folder with the files that a page begins with."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -80,3 +81,11 @@ def test_the_script_draws_every_picture(tmp_path):
     subprocess.run([sys.executable, script], check=True, capture_output=True)
     pictures = {path.name for path in (ROOT / "docs" / "images").glob("*.svg")}
     assert pictures == {path.name for path in tmp_path.glob("images/*.svg")}
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")}), ids=lambda p: p.name
+)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
