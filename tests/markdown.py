@@ -1,16 +1,35 @@
-"""Runs the code in Markdown files."""
+"""Runs the code in Markdown files.
+
+Python blocks run in one namespace. Lines of `sh` blocks that begin with `keras-frn` run in this
+process. A block after the line `<!-- only: tensorflow -->` runs on this backend only."""
 
 import re
+import shlex
 from pathlib import Path
 
+import keras
+
+from keras_frn import cli
+
 ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(
+    r"^(?:<!-- only: (\w+) -->\n)?```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE
+)
 
 
 def run_code(path, names):
-    """Runs each Python block of a file in one namespace, and returns how many there are."""
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / path).read_text(), re.DOTALL | re.MULTILINE
-    )
-    for block in blocks:
-        exec(compile(block, path, "exec"), names)
-    return len(blocks)
+    """Runs the blocks of a file, and returns how many Python blocks have run."""
+    count = 0
+    for backend, language, code in _BLOCK.findall((ROOT / path).read_text()):
+        if backend not in ("", keras.backend.backend()):
+            continue
+        if language == "python":
+            exec(compile(code, path, "exec"), names)
+            count += 1
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            program, *arguments = shlex.split(line, comments=True) or [""]
+            # The demo has a test of its own.
+            if program == "keras-frn" and arguments[0] != "demo":
+                assert cli.main(arguments) == 0, line
+    return count

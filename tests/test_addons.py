@@ -2,7 +2,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -603,23 +602,6 @@ def test_the_models_in_a_zip_and_in_its_folder_are_one(tmp_path):
         archive.extractall(tmp_path)
     _, xs, ys, _ = expected_of("frn_default")
     close(numpy(load_addons_model(str(tmp_path / "saved_model"))(xs[0])), ys[0], 2e-5)
-
-
-@pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
-def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
-    text = (MODELS.parent.parent / "docs" / "migrating-from-addons.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    assert len(blocks) == 3
-    for name in ("old.h5", "weights.h5"):
-        shutil.copy(MODELS / "frn_tlu" / "model.h5", tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks:
-        exec(compile(block, "migrating-from-addons.md", "exec"), names)
-    _, xs, ys, _ = expected_of("frn_tlu")
-    close(numpy(names["model"](xs[0])), ys[0], 2e-5)
-    close(numpy(keras.saving.load_model("new.keras")(xs[0])), ys[0], 2e-5)
-    assert names["small"].get_layer("tlu").tau.shape == (4,)
 
 
 def test_importing_the_package_registers_what_migrated_files_need_and_loads_no_reader():

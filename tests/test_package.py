@@ -11,7 +11,6 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND
-from markdown import run_code
 
 import keras_frn
 
@@ -133,12 +132,6 @@ def test_import_loads_no_other_backend_and_is_quick():
 
 def test_version_is_in_the_changelog():
     assert f"## {keras_frn.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the README's code exports with TensorFlow")
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run_code("README.md", {}) >= 3
 
 
 def examples():

@@ -1,0 +1,91 @@
+"""The code in README and in the guides runs, in a folder with the files that a page begins with."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND, numpy
+from markdown import ROOT, run_code
+from reference import close
+
+# test_export_tflite.py runs export.md, and looks at the files.
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    if "```python" in path.read_text() and path.name != "export.md"
+)
+ADDONS = ROOT / "tests" / "addons_models" / "frn_tlu"
+
+
+def _bn_model_and_images():
+    layers = [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.BatchNormalization()]
+    head = [keras.layers.ReLU(), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+    keras.Sequential([keras.Input((8, 8, 3)), *layers, *head]).save("bn.keras")
+    np.save("images.npy", np.random.default_rng(0).normal(size=(264, 8, 8, 3)).astype("float32"))
+
+
+def _addons_files():
+    shutil.copy(ADDONS / "model.h5", "old.h5")
+    shutil.copy(ADDONS / "model.h5", "weights.h5")
+    np.save("inputs.npy", np.load(ADDONS / "io.npz")["x"])
+
+
+def _is_converted(names):
+    assert "1 BatchNormalization layers became FRN" in str(names["report"])
+    assert len(names["functional"].layers) == len(names["model"].layers) + 1
+    assert names["scheduler"].ratio == pytest.approx(0.1)
+
+
+def _is_migrated(names):
+    expected = np.load(ADDONS / "io.npz")
+    for model in (names["model"], keras.saving.load_model("from-shell.keras")):
+        close(numpy(model(expected["x"])), expected["y"], 2e-5)
+    assert names["small"].get_layer("tlu").tau.shape == (4,)
+
+
+def _is_accurate(names):
+    # 0.989 was seen.
+    assert names["accuracy"] > 0.97
+
+
+BEFORE = {
+    "docs/converting-batch-normalization.md": _bn_model_and_images,
+    "docs/migrating-from-addons.md": _addons_files,
+}
+AFTER = {
+    "docs/converting-batch-normalization.md": _is_converted,
+    "docs/migrating-from-addons.md": _is_migrated,
+    "docs/getting-started.md": _is_accurate,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    if page == "README.md" and BACKEND != "tensorflow":
+        pytest.skip("README's code exports with TensorFlow")
+    monkeypatch.chdir(tmp_path)
+    BEFORE.get(page, lambda: None)()
+    names = {}
+    run_code(page, names)
+    AFTER.get(page, lambda names: None)(names)
+
+
+def test_the_script_draws_every_picture(tmp_path):
+    script = tmp_path / "figures.py"
+    shutil.copy(ROOT / "docs" / "figures.py", script)
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
+    pictures = {path.name for path in (ROOT / "docs" / "images").glob("*.svg")}
+    assert pictures == {path.name for path in tmp_path.glob("images/*.svg")}
+
+
+@pytest.mark.parametrize(
+    "page", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")}), ids=lambda p: p.name
+)
+def test_links_and_pictures_are_there(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), target

@@ -1,0 +1,45 @@
+"""Every example runs, at the size of a toy."""
+
+import runpy
+
+import pytest
+from backends import BACKEND
+from markdown import ROOT
+
+EXAMPLES = sorted(path.name for path in ROOT.glob("examples/*.py"))
+# For each example: the backends it runs on, a package that it needs, the arguments of `main`, and
+# what the result must satisfy.
+ANY = ("tensorflow", "jax", "torch")
+TOYS = {
+    "image_classification.py": (
+        ANY,
+        "keras_frn.constraints",
+        {"data": "none", "images": 64, "epochs": 1, "width": 4, "output": "model.keras"},
+        lambda accuracy: 0 <= accuracy <= 1,
+    ),
+    "microcontroller.py": (
+        ("tensorflow",),
+        "tflite_micro",
+        {"images": 64, "epochs": 1},
+        # Both interpreters round alike but for a few operators.
+        lambda result: result[1] <= 3,
+    ),
+    "segmentation_3d.py": (
+        ANY,
+        "keras",
+        {"count": 4, "size": 8, "epochs": 1, "width": 2},
+        lambda dice: 0 <= dice <= 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, tmp_path, monkeypatch):
+    assert name in TOYS, "a new example needs a row in TOYS"
+    backends, needs, arguments, is_right = TOYS[name]
+    if BACKEND not in backends:
+        pytest.skip(f"runs on {', '.join(backends)}")
+    pytest.importorskip(needs)
+    monkeypatch.chdir(tmp_path)
+    result = runpy.run_path(str(ROOT / "examples" / name))["main"](**arguments)
+    assert is_right(result), result
