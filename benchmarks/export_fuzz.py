@@ -202,8 +202,10 @@ def run(path, x):
 
 def micro_steps(path, x):
     """How many steps TensorFlow Lite Micro is off from LiteRT, or why it does not run the file."""
-    from tflite_micro import runtime as micro
-
+    try:
+        from tflite_micro import runtime as micro
+    except ImportError:
+        return "not installed"
     litert = LiteRT(str(path))
     litert(x[:1])
     (given,) = litert.interpreter.get_input_details()
