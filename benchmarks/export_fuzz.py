@@ -178,10 +178,8 @@ def share(actual, expected):
 
 def export(model, path, preset, data):
     """What the export said: "", a warning or an error."""
-    size = None
-    if any(isinstance(layer, (layers.GRU, layers.LSTM)) for layer in model.layers):
-        size = 1
-    signature = [keras.InputSpec(shape=(size, *model.input_shape[1:]))]
+    # A fixed batch, as recurrent layers and microcontrollers want it.
+    signature = [keras.InputSpec(shape=(1, *model.input_shape[1:]))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
