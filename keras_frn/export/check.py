@@ -98,7 +98,7 @@ def _share_of_roundings(model, specs, samples):
             return array
         return array * (1 + 1e-6 * rng.uniform(-1, 1, array.shape)).astype(array.dtype)
 
-    weights = [(w, keras.ops.convert_to_tensor(changed(w.numpy()))) for w in model.variables]
+    weights = [(w, keras.ops.convert_to_tensor(changed(w.value.numpy()))) for w in model.variables]
 
     def function(*arrays):
         with keras.StatelessScope(weights):
