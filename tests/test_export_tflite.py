@@ -829,11 +829,11 @@ def test_outputs_beyond_the_bound_are_warned_of(tmp_path, rng):
 @pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
 def test_a_model_that_amplifies_roundings_is_exported_with_a_warning(tmp_path, rng):
     """At one position and without a learned epsilon a normalization is the sign of its input."""
-    blocks = [layer for _ in range(6) for layer in (layers.Dense(16), frn(epsilon=1e-9))]
+    blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
     model = keras.Sequential([keras.Input((16,)), *blocks])
     with pytest.warns(UserWarning, match="amplifies roundings.*should learn epsilon"):
-        report = export_tflite(model, tmp_path / "m.tflite", None, images(rng, 2000, (16,)))
-    assert report.max_error > 1e-3
+        report = export_tflite(model, tmp_path / "m.tflite", None, images(rng, 500, (16,)))
+    assert report.max_error > 1e-4
 
 
 def test_not_a_number_in_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
