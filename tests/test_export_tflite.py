@@ -557,10 +557,11 @@ def test_unknown_sizes(tmp_path, rng):
         close(LiteRT(report.path)(x)[0], model(x, training=False), FLOAT)
     assert export_tflite(model, tmp_path / "m.tflite").operators == report.operators
     for preset in ("int8", "int8_float_statistics", "int16x8"):
-        with pytest.raises(
-            ValueError, match=r"`input_signature` .*shape=\(1, 9, 9, 3\).*'dynamic'"
-        ):
+        with pytest.raises(ValueError, match=r"one size .*\(7, 12, 3\), \(9, 9, 3\).*'dynamic'"):
             export_tflite(model, tmp_path / "m.tflite", preset, iter(batches))
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 16, (9, 9, 3)))
+    assert {(-1, 9, 9, 3), (-1, 7, 7, 6)} <= stored_shapes(report.path)
+    assert "takes the size of the calibration data only, (9, 9, 3)" in str(report)
 
 
 def test_a_fixed_batch_size(tmp_path, rng):

@@ -129,8 +129,9 @@ def export_tflite(
             Defaults to False.
         verbose: Whether to print each step. Defaults to False.
         input_signature: A list of a `keras.InputSpec` or `tf.TensorSpec` for each input, with the
-            batch, as `model.export` takes it. Integer presets need one where sizes are unknown;
-            LiteRT.js and recurrent layers need a fixed batch. Defaults to None: the model's sizes.
+            batch, as `model.export` takes it. LiteRT.js and recurrent layers need a fixed batch.
+            Defaults to None: the model's sizes, and for integer presets those of the calibration
+            data where the model's are unknown.
 
     Returns:
         An `ExportReport`.
@@ -166,9 +167,12 @@ def export_tflite(
     specs = specs_of(model, input_signature)
     inputs = keras.tree.flatten(specs)
     samples = Samples(model, calibration_data, inputs, _FEW if preset.is_calibrated else 1)
-    if preset.is_calibrated:
-        _check_sizes(inputs, quantization, samples)
     notes, equalized, not_equalized = [], (), {}
+    if preset.is_calibrated and any(None in spec.shape[1:] for spec in inputs):
+        specs = _with_sizes(specs, samples, quantization)
+        inputs = keras.tree.flatten(specs)
+        sizes = ", ".join(str(spec.shape[1:]) for spec in inputs)
+        notes.append(f"takes the size of the calibration data only, {sizes}.")
     if preset.is_calibrated and copy is None:
         norms = [x for x in graph.layers(model) if isinstance(x, FilterResponseNormalization)]
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
@@ -291,16 +295,27 @@ def _copied(model):
     return None
 
 
-def _check_sizes(inputs, quantization, samples):
-    """Integer files have one size throughout; another at run time is wrong without an error."""
-    if any(None in spec.shape[1:] for spec in inputs):
-        seen = [(1, *array.shape[1:]) for array in next(iter(samples))]
-        advice = ", ".join(f"keras.InputSpec(shape={shape})" for shape in seen)
+def _with_sizes(specs, samples, quantization):
+    """The specs with the sizes of the samples where they are unknown.
+
+    A static runtime would read an integer file of unknown sizes as one position, without an error.
+    """
+    inputs = keras.tree.flatten(specs)
+    seen = [set() for _ in inputs]
+    for batch in samples:
+        for sizes, array in zip(seen, batch):
+            sizes.add(array.shape[1:])
+    if any(len(sizes) > 1 for sizes in seen):
         raise ValueError(
-            "`input_signature` must give the sizes of the inputs with "
-            f"quantization={quantization!r}. Received: {[spec.shape for spec in inputs]}. Pass "
-            f"input_signature=[{advice}], or use 'dynamic', which takes any size."
+            "`calibration_data` must have samples of one size with "
+            f"quantization={quantization!r}. Received: {[sorted(sizes) for sizes in seen]}. "
+            "Integer files have one size: resize the samples to it, or use 'dynamic', which takes any."
         )
+    chosen = [
+        keras.InputSpec(shape=(x.shape[0], *sizes.pop()), dtype=x.dtype, name=x.name)
+        for x, sizes in zip(inputs, seen)
+    ]
+    return keras.tree.pack_sequence_as(specs, chosen)
 
 
 def _write(path, content):
