@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from . import addons, ops  # noqa: F401  (addons registers what migrated files need)
+# `addons` registers what migrated files need.
+from . import addons, constraints, ops  # noqa: F401
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "FilterResponseNormalization",
     "FilterResponseNormalizationTLU",
     "callbacks",
+    "constraints",
     "export_tflite",
     "load_addons_model",
     "load_addons_weights",

@@ -80,7 +80,7 @@ class Wiring:
 
     A tensor is the same on both sides of the border of a nested model. A nested model that is
     called more than once stays one layer: its own wiring begins at its inputs and ends at its
-    outputs. `calls` is in the order of execution.
+    outputs. `calls` is in the order of execution, and `inputs` are those of the model.
     """
 
     def __init__(self, model):
@@ -95,6 +95,7 @@ class Wiring:
             self._same |= {id(outside): inside for inside, outside in zip(outputs, call.outputs)}
             if not isinstance(call.layer, keras.Sequential):
                 crossing += call.inputs + call.outputs
+        self.inputs = [self._tensor(tensor) for tensor in scopes[model][0]]
         self._checked = {id(self._tensor(tensor)) for tensor in crossing}
         self._makers, self._readers = {}, collections.defaultdict(list)
         self.calls = []

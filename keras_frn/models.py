@@ -15,7 +15,14 @@ _BLOCKS = {
 }
 
 
-def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_epsilon=False):
+def resnet(
+    input_shape=(224, 224, 3),
+    classes=1000,
+    depth=50,
+    width=64,
+    learned_epsilon=False,
+    kernel_constraint=None,
+):
     """Pre-activation residual network with FRN and TLU, for signals, images and volumes.
 
     ```
@@ -38,6 +45,8 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
         width: Int, the number of channels of the first stage. Defaults to 64.
         learned_epsilon: As in `FilterResponseNormalization`. Use True where the last maps, 1/32 of
             the input, have one position. Defaults to False.
+        kernel_constraint: For the convolutions, not for the logits:
+            `keras_frn.constraints.ZeroMean()` helps at small batches. Defaults to None.
 
     Raises:
         ValueError: if the shape, the depth or another number is none of these.
@@ -66,6 +75,7 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
     names = ("Conv", "MaxPooling", "GlobalAveragePooling")
     conv_layer, pool_layer, mean_layer = (getattr(keras.layers, f"{n}{rank}D") for n in names)
     options = {"padding": "same", "use_bias": False, "kernel_initializer": "he_normal"}
+    options["kernel_constraint"] = kernel_constraint
 
     def conv(x, filters, size, strides, name):
         return conv_layer(filters, size, strides, name=name, **options)(x)
@@ -98,7 +108,14 @@ def resnet(input_shape=(224, 224, 3), classes=1000, depth=50, width=64, learned_
     return keras.Model(inputs, logits, name=f"resnet{depth}_frn")
 
 
-def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activation="swish"):
+def resnet_cifar(
+    input_shape=(32, 32, 3),
+    classes=10,
+    depth=20,
+    width=16,
+    activation="swish",
+    kernel_constraint=None,
+):
     """ResNet-20-FRN of the Bayesian deep learning literature.
 
     ```
@@ -120,6 +137,7 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
         width: Int, the number of channels of the first stage. Defaults to 16.
         activation: `"tlu"`, or any activation that `keras.layers.Activation` takes. Defaults to
             `"swish"`.
+        kernel_constraint: As in `resnet`. Defaults to None.
 
     Raises:
         ValueError: if the depth is not 6 n + 2, or another number is not a positive int.
@@ -140,7 +158,13 @@ def resnet_cifar(input_shape=(32, 32, 3), classes=10, depth=20, width=16, activa
 
     def layer(x, filters, size, strides, name, branch_end=False):
         x = keras.layers.Conv2D(
-            filters, size, strides, "same", kernel_initializer="he_normal", name=f"{name}_conv"
+            filters,
+            size,
+            strides,
+            "same",
+            kernel_initializer="he_normal",
+            kernel_constraint=kernel_constraint,
+            name=f"{name}_conv",
         )(x)
         if only_tlu and branch_end:
             return FilterResponseNormalization(name=f"{name}_frn")(x)

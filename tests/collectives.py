@@ -1,4 +1,4 @@
-"""Prints what XLA's programs of a layer on four devices send between them, as JSON.
+"""Prints what XLA's programs of a layer on eight devices send between them, as JSON.
 
     KERAS_BACKEND=jax python tests/collectives.py
 
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -21,11 +21,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from keras_frn import FilterResponseNormalizationTLU
 
-SHAPE = (4, 16, 16, 8)
+SHAPE = (8, 16, 16, 8)
 DIVISIONS = {
-    "batch": ((4,), PartitionSpec("a")),
-    "height": ((4,), PartitionSpec(None, "a")),
-    "height and width": ((2, 2), PartitionSpec(None, "a", "b")),
+    "batch": ((8,), PartitionSpec("a")),
+    "height": ((8,), PartitionSpec(None, "a")),
+    "height and width": ((2, 4), PartitionSpec(None, "a", "b")),
 }
 
 

@@ -451,7 +451,7 @@ def test_a_subclassed_model_is_refused_with_a_way_out(rng):
         ({"learned_epsilon": True}, r"`learned_epsilon` must be .*Received: learned_epsilon=True"),
         ({"calibration_data": np.zeros((0, 6))}, r"`calibration_data` must hold at least one"),
         ({"calibration_data": np.full((2, 6), np.nan)}, r"`calibration_data` must be finite"),
-        ({"calibration_data": np.full((2, 6), 3e38)}, r"must give finite values"),
+        ({"calibration_data": np.full((2, 6), 3e38) * [[1], [0.5]]}, r"must give finite values"),
     ],
 )
 def test_arguments_are_checked(arguments, match):

@@ -96,7 +96,7 @@ def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
 
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
 def test_float_files_are_one_partition_of_seven_operators_per_frn_and_tlu(preset, tmp_path, rng):
-    report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 8))
+    report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 16))
     # 2 convolutions, 2 * 7 (MUL MEAN ADD RSQRT MUL MUL MAXIMUM), pooling, dense.
     count = sum(n for name, n in report.operators.items() if name != "DEQUANTIZE")
     assert count == 18
@@ -203,7 +203,7 @@ def test_a_nested_model_that_is_called_twice_stays_closed(rng):
     inputs = keras.Input((10, 10, 4))
     calls = [inner(layers.Conv2D(6, 3)(inputs)) for _ in range(2)]
     model = shuffled_weights(keras.Model(inputs, layers.Add()(calls)))
-    x = images(rng, 8, (10, 10, 4))
+    x = images(rng, 16, (10, 10, 4))
     copy = InferenceCopy(model)
     copy.absorb_offsets()
     copy.equalize([[x]])
@@ -252,7 +252,7 @@ UNSCALABLE = {
 def test_what_cannot_be_scaled_is_left_with_a_reason(name, rng):
     model, layer, reason = UNSCALABLE[name]
     shuffled_weights(model)
-    x = images(rng, 8, model.input_shape[1:])
+    x = images(rng, 16, model.input_shape[1:])
     copy = InferenceCopy(model)
     copy.equalize([[x]])
     assert copy.not_equalized[layer] == reason
@@ -287,7 +287,7 @@ def test_beta_moves_into_the_next_layer_where_that_is_exact(name, separate, tmp_
     between = [frn(), keras_frn.TLU()] if separate else [frn_tlu_layer()]
     copies = [layer.__class__.from_config(layer.get_config()) for layer in after]
     model = shuffled_weights(stack(*between, *copies))
-    x = images(rng, 8)
+    x = images(rng, 16)
     copy = InferenceCopy(model)
     copy.absorb_offsets()
     close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
@@ -358,7 +358,7 @@ def test_maxima_are_taken_before_the_scale_where_that_is_exact(name, integer_for
     convolution = layers.Conv2D(4, 3, padding="same")
     model = keras.Sequential([keras.Input((10, 10, 4)), convolution, *make(), *after])
     model = with_falling(shuffled_weights(model))
-    x = images(rng, 8, (10, 10, 4))
+    x = images(rng, 16, (10, 10, 4))
     copy = InferenceCopy(model)
     copy.absorb_offsets()
     copy.pool_first()
@@ -374,7 +374,7 @@ def test_a_maximum_is_not_taken_first_where_something_else_reads_what_is_pooled(
     x = frn_tlu_layer()(layers.Conv2D(4, 3)(inputs))
     pooled = layers.Flatten()(layers.MaxPooling2D(2)(x))
     model = shuffled_weights(keras.Model(inputs, [pooled, layers.GlobalAveragePooling2D()(x)]))
-    data = images(rng, 8, (10, 10, 4))
+    data = images(rng, 16, (10, 10, 4))
     assert export_tflite(model, tmp_path / "m.tflite", calibration_data=data).max_error < 1e-5
 
 
@@ -384,7 +384,7 @@ def test_a_maximum_is_not_taken_first_where_something_else_reads_what_is_pooled(
 def test_reshaping_to_known_sizes_is_one_operator(layer, tmp_path, rng):
     after = [layer, layers.Dense(3)]
     model = shuffled_weights(stack(frn_tlu_layer(), layers.MaxPooling2D(2), *after))
-    report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 8), integer_io=True)
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 16), integer_io=True)
     assert "SHAPE" not in report.operators
     assert not report.warnings
 
@@ -434,7 +434,7 @@ def test_every_tensor_of_an_int8_file_with_integer_io_is_an_integer(tmp_path, rn
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
 def test_each_channel_of_a_convolution_has_its_own_scale(preset, tmp_path, rng):
-    report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 8))
+    report = export_tflite(small_model(), tmp_path / "m.tflite", preset, images(rng, 16))
     details = LiteRT(report.path).interpreter
     found = {
         tuple(detail["shape"]): len(detail["quantization_parameters"]["scales"])
@@ -473,7 +473,9 @@ def test_rare_peaks_of_an_output_are_kept(preset, tmp_path, rng):
     for _ in range(2):
         outputs = layers.Multiply()([outputs, outputs])
     model, x = keras.Model(inputs, outputs), images(rng, 256)
-    (actual,) = LiteRT(export_tflite(model, tmp_path / "m.tflite", preset, x).path)(x)
+    with pytest.warns(UserWarning, match="should stay within 0.2"):  # a fourth power in 8 bits
+        report = export_tflite(model, tmp_path / "m.tflite", preset, x)
+    (actual,) = LiteRT(report.path)(x)
     assert actual.max() > 0.85 * model.predict(x, verbose=0).max()
 
 
@@ -527,7 +529,7 @@ def test_a_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
         model = keras.Model(inputs, layers.Dense(3)(x))
     finally:
         keras.config.set_dtype_policy(with_policy)
-    x = images(rng, 8)
+    x = images(rng, 16)
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     # Half precision, of the model, rounds at 5e-4.
     assert report.max_error < 5e-3
@@ -548,16 +550,17 @@ def test_unknown_sizes(tmp_path, rng):
             ]
         )
     )
-    batches = [images(rng, 2, (9, 9, 3)), images(rng, 3, (7, 12, 3))]
+    batches = [images(rng, 8, (9, 9, 3)), images(rng, 9, (7, 12, 3))]
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=iter(batches))
-    assert report.samples == 5
+    assert report.samples == 17
     for x in batches:
         close(LiteRT(report.path)(x)[0], model(x, training=False), FLOAT)
     assert export_tflite(model, tmp_path / "m.tflite").operators == report.operators
-    for preset in ("int8", "int8_float_statistics"):
-        report = export_tflite(model, tmp_path / "m.tflite", preset, iter(batches))
-        assert report.max_error < 0.1
-        assert len(LiteRT(report.path)(images(rng, 2, (6, 8, 3)))[0]) == 2
+    for preset in ("int8", "int8_float_statistics", "int16x8"):
+        with pytest.raises(
+            ValueError, match=r"`input_signature` .*shape=\(1, 9, 9, 3\).*'dynamic'"
+        ):
+            export_tflite(model, tmp_path / "m.tflite", preset, iter(batches))
 
 
 def test_a_fixed_batch_size(tmp_path, rng):
@@ -680,7 +683,7 @@ def test_a_failed_export_leaves_the_file_that_was_there(tmp_path, rng):
     path = tmp_path / "m.tflite"
     path.write_bytes(b"before")
     with pytest.raises(ValueError, match="`model` must consist of operators that LiteRT has"):
-        export_tflite(model, path, "int8", images(rng, 4, (8, 8, 3)))
+        export_tflite(model, path, "int8", images(rng, 16, (8, 8, 3)))
     assert path.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
 
@@ -689,7 +692,7 @@ def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
     model = small_model()
     model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))
     weights = [w.numpy() for w in model.weights]
-    export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 8))
+    export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 16))
     for before, after in zip(weights, model.weights):
         np.testing.assert_array_equal(before, after.numpy())
     assert model.get_layer("first").epsilon == 1e-6
@@ -698,14 +701,14 @@ def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
 def test_the_report_prints_what_matters(tmp_path, rng, capsys):
     model, _, reason = UNSCALABLE["used elsewhere"]
     report = export_tflite(
-        model, tmp_path / "m.tflite", "int8", images(rng, 8, (10, 10, 4)), verbose=True
+        model, tmp_path / "m.tflite", "int8", images(rng, 16, (10, 10, 4)), verbose=True
     )
     assert "converting to int8" in capsys.readouterr().out
     text = str(report)
     assert f"not inner: {reason}" in text
     assert "equalized      0 of 2 normalizations" in text
     assert "int8_float_statistics" in text  # what the warning recommends
-    assert re.search(r"verified on +8 samples: max error [\d.e-]+, same argmax [\d.]+%", text)
+    assert re.search(r"verified on +16 samples, .*: max error [\d.e-]+, same argmax [\d.]+%", text)
     assert "no `calibration_data`" in str(export_tflite(model, tmp_path / "m.tflite"))
 
 
@@ -764,3 +767,190 @@ def test_layers_with_state_calls_with_arguments_and_layers_without_a_config(tmp_
     model = keras.Model(inputs, Undescribed(2.0)(inputs))
     with pytest.raises(ValueError, match="layers that `get_config` describes"):
         export_tflite(model, tmp_path / "n.tflite")
+
+
+def traced_as_in_training():
+    """Layers that Keras' SavedModel traces in their training form, or with random numbers."""
+    return [
+        *(layers.RandomFlip(), layers.RandomRotation(0.2), layers.RandomZoom(0.2)),
+        *(layers.RandomTranslation(0.2, 0.2), layers.Resizing(11, 11), layers.CenterCrop(10, 10)),
+    ]
+
+
+@pytest.mark.parametrize("preset", [None, "int8"])
+def test_the_file_computes_inference_where_layers_differ_in_training(preset, tmp_path, rng):
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            *traced_as_in_training(),
+            layers.Conv2D(6, 3),
+            layers.BatchNormalization(),
+            frn_tlu_layer(),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    shuffled_weights(model).layers[-3].moving_mean.assign(np.arange(6.0))
+    x = images(rng)
+    report = export_tflite(model, tmp_path / "m.tflite", preset, x)
+    close(LiteRT(report.path)(x)[0], model(x, training=False), PRESETS[preset])
+
+
+class Elsewhere(layers.Layer):
+    """Computes something else in a graph, as a layer that LiteRT has wrong would."""
+
+    def call(self, inputs):
+        import tensorflow as tf
+
+        return inputs if tf.executing_eagerly() else inputs + 0.01
+
+
+def test_a_float_file_of_something_else_is_refused_with_the_layer(tmp_path):
+    after = [layers.Conv2D(4, 3), Elsewhere(name="elsewhere"), layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3), frn(), *after])
+    with pytest.raises(ValueError, match=r"computes the same.*The first layer to differ is else"):
+        export_tflite(model, tmp_path / "m.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_beyond_the_bound_are_warned_of(tmp_path, rng):
+    model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3), frn(), Elsewhere()])
+    with pytest.warns(UserWarning, match=r"differ .* by up to .*float16 should stay within 0.01"):
+        report = export_tflite(
+            keras.Sequential([model, layers.Rescaling(0.1), Elsewhere()]),
+            tmp_path / "m.tflite",
+            "float16",
+            images(rng, 16),
+        )
+    assert "float16 should stay within 0.01" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
+def test_a_model_that_amplifies_roundings_is_exported_with_a_warning(tmp_path, rng):
+    """At one position and without a learned epsilon a normalization is the sign of its input."""
+    blocks = [layer for _ in range(6) for layer in (layers.Dense(16), frn(epsilon=1e-12))]
+    model = keras.Sequential([keras.Input((16,)), *blocks])
+    with pytest.warns(UserWarning, match="amplifies roundings.*should learn epsilon"):
+        report = export_tflite(model, tmp_path / "m.tflite", None, images(rng, 2000, (16,)))
+    assert report.max_error > 0.01
+
+
+def test_not_a_number_in_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(
+        "keras_frn.export.LiteRT.__call__", lambda self, x: [np.full((len(x), 5), np.nan, "f4")]
+    )
+    with pytest.raises(ValueError, match="up to inf of their range"):
+        export_tflite(small_model(), tmp_path / "m.tflite", None, images(rng, 16))
+
+
+def stored_shapes(path):
+    details = LiteRT(path, is_plain=True).interpreter.get_tensor_details()
+    return {tuple(detail["shape_signature"]) for detail in details}
+
+
+@pytest.mark.parametrize("preset", [None, "int8", "int8_float_statistics", "int16x8"])
+def test_a_signature_fixes_the_sizes_throughout(preset, tmp_path, rng):
+    import tensorflow as tf
+
+    model = shuffled_weights(
+        keras.Sequential(
+            [
+                keras.Input((None, None, 3)),
+                layers.Conv2D(6, 3),
+                frn_tlu_layer(),
+                layers.MaxPooling2D(),
+                layers.Conv2D(5, 1),
+            ]
+        )
+    )
+    x = images(rng, 32, (9, 9, 3))
+    spec = tf.TensorSpec((1, 9, 9, 3)) if preset else keras.InputSpec(shape=(1, 9, 9, 3))
+    report = export_tflite(model, tmp_path / "m.tflite", preset, x, input_signature=[spec])
+    shapes = stored_shapes(report.path)
+    assert {(1, 9, 9, 3), (1, 7, 7, 6), (1, 3, 3, 5)} <= shapes
+    assert not any(-1 in shape for shape in shapes)
+    close(LiteRT(report.path)(x[:1])[0], model(x[:1]), PRESETS[preset])
+    with pytest.raises(ValueError, match=r"model's inputs, \(1, 9, 9, 3\).*\(16, 8, 9, 3\)"):
+        export_tflite(model, report.path, preset, x[:16, :8], input_signature=[spec])
+
+
+def test_a_fixed_batch_of_the_model_is_in_the_file(tmp_path, rng):
+    report = export_tflite(small_model(batch_size=1), tmp_path / "m.tflite", None, images(rng, 16))
+    assert (1, 12, 12, 3) in stored_shapes(report.path)
+    report = export_tflite(small_model(), tmp_path / "m.tflite")
+    assert (-1, 12, 12, 3) in stored_shapes(report.path)
+
+
+SIGNATURES = {
+    "rank": [keras.InputSpec(shape=(1, 12, 3))],
+    "size": [keras.InputSpec(shape=(1, 12, 11, 3))],
+    "type": [keras.InputSpec(shape=(1, 12, 12, 3), dtype="uint8")],
+    "number": [keras.InputSpec(shape=(1, 12, 12, 3))] * 2,
+    "none": [None],
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_that_do_not_fit_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"`input_signature` must .*'float32', \(None, 12, 12, 3"):
+        export_tflite(small_model(), tmp_path / "m.tflite", input_signature=SIGNATURES[name])
+
+
+def recurrent(layer_class, **kwargs):
+    after = [layer_class(5, **kwargs), layers.Dense(3)]
+    return keras.Sequential([keras.Input((5, 4)), layers.Conv1D(6, 3), frn(), *after])
+
+
+@pytest.mark.parametrize("layer_class", [layers.LSTM, layers.GRU])
+def test_recurrent_layers_convert_with_a_fixed_batch(layer_class, tmp_path):
+    fixed = [keras.InputSpec(shape=(1, 5, 4))]
+    model = recurrent(layer_class)
+    report = export_tflite(model, tmp_path / "m.tflite", input_signature=fixed)
+    assert report.operators["WHILE"] == 1
+    assert report.max_error < FLOAT
+
+
+def test_the_advice_for_recurrent_layers_is_true(tmp_path, rng):
+    x, path = images(rng, 16, (5, 4)), tmp_path / "m.tflite"
+    with pytest.raises(ValueError, match=r"fixed batch, such as .*shape=\(1, 5, 4\)"):
+        export_tflite(recurrent(layers.GRU), path, None, x)
+    fixed = [keras.InputSpec(shape=(1, 5, 4))]
+    with pytest.raises(ValueError, match=r"no integer form.*unroll=True"):
+        export_tflite(recurrent(layers.GRU), path, "int16x8", x, input_signature=fixed)
+    assert not list(tmp_path.iterdir())
+    model = recurrent(layers.GRU, unroll=True)
+    assert export_tflite(model, path, "int16x8", x).agreement > 0.8
+
+
+def test_a_subclassed_model_of_named_inputs_takes_a_signature(tmp_path, rng):
+    class TwoInputs(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def call(self, inputs):
+            return self.dense(inputs["a"]) + inputs["b"]
+
+    model, data = TwoInputs(), {"a": images(rng, 16, (4,)), "b": images(rng, 16, (3,))}
+    model(data)
+    shapes = {"a": (1, 4), "b": (1, 3)}
+    signature = [{name: keras.InputSpec(shape=shape) for name, shape in shapes.items()}]
+    report = export_tflite(model, tmp_path / "m.tflite", None, data, input_signature=signature)
+    assert report.max_error < FLOAT
+    assert {(1, 4), (1, 3)} <= stored_shapes(report.path)
+
+
+def test_what_xnnpack_runs_is_counted_without_data(tmp_path):
+    report = export_tflite(small_model(), tmp_path / "m.tflite")
+    assert report.delegated == sum(report.operators.values()) == 18
+    assert report.partitions == 1
+    assert report.max_error < FLOAT
+
+
+def test_data_that_show_nothing_are_warned_of(tmp_path, rng):
+    x = images(rng)
+    for data, message in ((0 * x, "hardly varies"), (x[:1], "1 different samples")):
+        with pytest.warns(UserWarning, match=message):
+            report = export_tflite(small_model(), tmp_path / "m.tflite", "int8", data)
+        assert any(message in text for text in report.warnings)
+    report = export_tflite(small_model(), tmp_path / "m.tflite", None, x)
+    assert f"image {x.min():.4g} to {x.max():.4g}" in str(report)

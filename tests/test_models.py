@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from keras_frn import models
+from keras_frn.constraints import ZeroMean
 from keras_frn.layers import TLU, FilterResponseNormalization
 
 
@@ -64,6 +65,20 @@ def test_resnet_of_every_rank(input_shape, size):
     assert y.shape == (2, 4)
     assert np.isfinite(y).all()
     assert np.std(y) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda c: models.resnet((32, 32, 3), 4, 18, 4, True, kernel_constraint=c),
+        lambda c: models.resnet_cifar((8, 8, 3), 4, 8, 4, kernel_constraint=c),
+    ],
+)
+def test_every_convolution_and_no_other_layer_has_the_constraint(build):
+    constraint = ZeroMean()
+    model = build(constraint)
+    convolutions = {w.path for w in model.weights if w.path.endswith("kernel")} - {"logits/kernel"}
+    assert {w.path for w in model.weights if w.constraint is constraint} == convolutions
 
 
 def test_a_training_step_reaches_every_weight(rng):

@@ -73,7 +73,7 @@ def test_imports_of_the_package(path):
 
 # Each room imports from earlier rows only. `demo` and `cli` are what a user runs.
 ROOMS = [
-    {"compilation", "gradients"},
+    {"compilation", "constraints", "gradients"},
     {"ops"},
     {"layers"},
     {"graph"},
@@ -123,7 +123,7 @@ def test_import_loads_no_other_backend_and_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     seconds, *modules = output.stdout.split()
-    assert "keras_frn.layers" in modules
+    assert {"keras_frn.layers", "keras_frn.constraints"} <= set(modules), "files need them"
     assert not {m.split(".")[0] for m in modules} & HEAVY
     assert "keras_frn.export" not in modules, "tools load when they are used"
     # A few milliseconds on a quiet machine; the bound catches an import that does not belong.
@@ -137,7 +137,7 @@ def test_version_is_in_the_changelog():
 def examples():
     """The examples in docstrings; those of `addons` need files and are run by its own tests."""
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for name in ("layers", "ops", "callbacks", "models", "conversion", "export"):
+    for name in ("layers", "ops", "constraints", "callbacks", "models", "conversion", "export"):
         module = importlib.import_module(f"keras_frn.{name}")
         yield from (test for test in finder.find(module, f"keras_frn.{name}") if test.examples)
 

@@ -53,6 +53,9 @@ KINDS = {
     "list of one array": lambda x: [x],
     "list of batches": lambda x: [x[:30], x[30:]],
     "list of samples": list,
+    "inputs and targets": lambda x: (x, np.zeros(40)),
+    "inputs and masks of the same shape": lambda x: (x, np.ones_like(x)),
+    "generator function, as TFLite's guides write it": lambda x: lambda: ([row[None]] for row in x),
     "generator of pairs": lambda x: ((x[i : i + 8], np.zeros(8)) for i in range(0, 40, 8)),
     "PyDataset": lambda x: Batches(x, 5),
     "backend tensor": keras.ops.convert_to_tensor,
@@ -87,6 +90,7 @@ def test_several_inputs_in_the_order_of_the_model(two_inputs, rng):
         {"a": a, "b": b},
         [([b, a], np.zeros(5))],
         iter([{"a": a, "b": b}]),
+        lambda: ([b[i : i + 1], a[i : i + 1]] for i in range(5)),
     ):
         first, second = joined(Samples(two_inputs, data))
         np.testing.assert_array_equal(first, b)
@@ -125,6 +129,9 @@ def test_no_data_is_no_sample(model):
             np.full((2, 4), np.nan),
             r"`calibration_data` must be finite. Received: .* NaN",
         ),
+        # Its own shape, not that of what is tried as a single sample.
+        (np.zeros((7, 6, 4)), r"Received: an array of shape \(7, 6, 4\)"),
+        (np.zeros(5), r"Received: an array of shape \(5,\)"),
         ({"a": np.zeros((2, 4)), "b": np.zeros(2)}, r"must hold 1 inputs per sample. Received: 2"),
     ],
 )
@@ -136,3 +143,59 @@ def test_what_does_not_fit_is_refused(data, match, model):
 def test_inputs_of_different_lengths_are_refused(two_inputs):
     with pytest.raises(ValueError, match=r"must hold arrays of one length. Received: .*\[2, 3\]"):
         Samples(two_inputs, [np.zeros((2, 4)), np.zeros((3, 3), "int32")])
+
+
+def test_a_model_that_is_not_built_is_refused():
+    for model in (keras.Sequential([keras.layers.Dense(2)]), "model.keras"):
+        with pytest.raises(ValueError, match="`model` must be a built Keras model"):
+            Samples(model, np.zeros((2, 4)))
+
+
+def test_few_samples_are_warned_of_where_they_count(model, rng):
+    x = np.repeat(rng.normal(size=(3, 4)), 20, axis=0)
+    assert not Samples(model, x).warnings
+    with pytest.warns(UserWarning, match="`calibration_data` has 3 different samples"):
+        samples = Samples(model, x, least=16)
+    assert samples.count == 60
+    assert len(samples.warnings) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 127.5])
+def test_inputs_that_hardly_vary_are_warned_of(value, model, rng):
+    x = value * (1 + 1e-4 * rng.random((20, 4)))
+    with pytest.warns(UserWarning, match="hardly varies: input 0 is from"):
+        Samples(model, x)
+
+
+KNOWING = {
+    "Rescaling": (lambda: keras.layers.Rescaling(1 / 255), 255),
+    "Rescaling to -1 and 1": (lambda: keras.layers.Rescaling(1 / 127.5, -1), 255),
+    "Normalization": (lambda: keras.layers.Normalization(mean=0.5, variance=0.08), 1),
+    "Normalization of bytes": (lambda: keras.layers.Normalization(mean=128, variance=5400), 255),
+}
+
+
+@pytest.mark.parametrize("name", KNOWING)
+def test_a_range_that_the_first_layer_was_not_made_for_is_warned_of(name, rng):
+    make, scale = KNOWING[name]
+    inner = keras.Sequential([keras.Input((4,)), make(), keras.layers.Dense(2)])
+    other = keras.Input((3,))
+    inputs = keras.Input((4,))
+    model = keras.Model([other, inputs], keras.layers.Concatenate()([inner(inputs), other]))
+    x = rng.random((20, 4))
+    data = [rng.normal(size=(20, 3)), scale * x]
+    assert not Samples(model, data).warnings
+    data[1] = 256 / scale * x
+    with pytest.warns(UserWarning, match=r"in input 1, which \w+ was not made for"):
+        Samples(model, data)
+
+
+def test_specs_stand_for_the_models_own_sizes(rng):
+    model = keras.Sequential([keras.Input((None, 4)), keras.layers.Dense(2)])
+    specs = [keras.InputSpec(shape=(2, 5, 4), dtype="float32", name="x")]
+    samples = Samples(model, rng.normal(size=(3, 5, 4)), specs)
+    assert [batch[0].shape for batch in samples] == [(2, 5, 4)] * 2
+    ((low, high),) = samples.ranges
+    assert low < 0 < high
+    with pytest.raises(ValueError, match=r"the model's inputs, \(2, 5, 4\).*\(3, 6, 4\)"):
+        Samples(model, np.zeros((3, 6, 4)), specs)

@@ -1,8 +1,11 @@
 """What `model.export` cannot do by itself: quantized LiteRT files that keep the accuracy."""
 
+import bisect
+import contextlib
 import dataclasses
 import os
 import pathlib
+import warnings
 
 import keras
 import numpy as np
@@ -13,6 +16,12 @@ from ..samples import Samples
 from .inference_form import InferenceCopy
 from .quantization import PRESETS, convert, import_quantizer
 from .runtime import LiteRT, import_litert
+from .signature import specs_of
+
+# Fewer different samples than these do not show the range of each channel.
+_FEW = 16
+# How far models in half precision may be from a float32 file: the roundings are theirs.
+_HALF_BOUND = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +35,10 @@ class ExportReport:
         operators: Dict from the name of an operator to how many the file has.
         delegated: Number of operators that the interpreter hands to XNNPACK on this machine.
         partitions: Number of pieces in which it does so; 1 is best.
-        samples: Number of calibration samples compared; without any, the next two are None.
-        max_error: Largest absolute difference from the model's outputs.
+        samples: Number of calibration samples compared; without any, random inputs are.
+        ranges: Dict from the name of an input to the least and largest value in the samples.
+        max_error: Largest absolute difference from the model's outputs. None for a model that
+            does not run on random inputs.
         agreement: Share of samples (or positions) with the same argmax along the last axis, for
             outputs of more than one number.
         equalized: Names of the normalization layers whose input channels were scaled.
@@ -42,6 +53,7 @@ class ExportReport:
     delegated: int
     partitions: int
     samples: int
+    ranges: dict
     max_error: float | None
     agreement: float | None
     equalized: tuple = ()
@@ -56,13 +68,17 @@ class ExportReport:
             f"operators      {count}: {names}",
             f"XNNPACK        {self.delegated} of {count} operators, partitions: {self.partitions}",
         ]
+        seen = "random inputs, as no `calibration_data` was given"
         if self.samples:
-            lines.append(
-                f"verified on    {self.samples} samples: max error {self.max_error:.3g}"
-                + ("" if self.agreement is None else f", same argmax {self.agreement:.2%}")
+            ranges = (
+                f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()
             )
-        else:
-            lines.append("verified on    nothing, as no `calibration_data` was given")
+            seen = f"{self.samples} samples, {', '.join(ranges)}"
+        if self.max_error is not None:
+            seen += f": max error {self.max_error:.3g}"
+        if self.agreement is not None:
+            seen += f", same argmax {self.agreement:.2%}"
+        lines.append(f"verified on    {seen}")
         if PRESETS[self.quantization].is_calibrated:
             total = len(self.equalized) + len(self.not_equalized)
             lines.append(f"equalized      {len(self.equalized)} of {total} normalizations")
@@ -71,7 +87,13 @@ class ExportReport:
 
 
 def export_tflite(
-    model, path, quantization=None, calibration_data=None, integer_io=False, verbose=False
+    model,
+    path,
+    quantization=None,
+    calibration_data=None,
+    integer_io=False,
+    verbose=False,
+    input_signature=None,
 ):
     """Writes a model as a LiteRT (TensorFlow Lite) file, and compares the two.
 
@@ -103,20 +125,25 @@ def export_tflite(
             Defaults to None.
         calibration_data: Inputs like those at inference, without labels; 100 to 500 samples are
             enough, and at most 2048 are used. An array, a list or dict of arrays for several
-            inputs, a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable of batches, each
-            the inputs or `(inputs, targets)`. The integer presets need it. With any preset the
-            report compares the file with the model on it. Defaults to None.
+            inputs, a tuple `(inputs, targets)`, a `tf.data.Dataset`, a `keras.utils.PyDataset`, an
+            iterable of batches, each the inputs or `(inputs, targets)`, or a function that returns
+            one. The integer presets need it. With any preset the report compares the file with the
+            model on it. Defaults to None, where random inputs are compared.
         integer_io: Whether inputs and outputs are integers too (int8, or int16 with `"int16x8"`).
             Defaults to False.
         verbose: Whether to print each step. Defaults to False.
+        input_signature: A list of a `keras.InputSpec` or `tf.TensorSpec` for each input, with the
+            batch, as `model.export` takes it. Integer presets need one where sizes are unknown;
+            LiteRT.js and recurrent layers need a fixed batch. Defaults to None: the model's sizes.
 
     Returns:
         An `ExportReport`.
 
     Raises:
         ValueError: if an argument is not one of those above, if the data do not fit the model, if
-            the model has an operator that LiteRT does not have with this preset, or if the backend
-            is not TensorFlow. A file that was there before stays as it was.
+            the model has an operator that LiteRT does not have with this preset, if a float32 file
+            computes something else than the model, or if the backend is not TensorFlow. A file that
+            was there before stays as it was.
         ImportError: if LiteRT, or for the 8-bit presets ai-edge-quantizer, is not installed.
 
     Example:
@@ -137,11 +164,14 @@ def export_tflite(
             "contrast: an array of 100 to 500 samples, a `tf.data.Dataset` or an iterable of "
             "batches."
         )
-    samples = Samples(model, calibration_data)
-
     show = print if verbose else lambda step: None
     show("copying the model in float32")
     copy = _copied(model)
+    specs = specs_of(model, input_signature)
+    inputs = keras.tree.flatten(specs)
+    samples = Samples(model, calibration_data, inputs, _FEW if preset.is_calibrated else 1)
+    if preset.is_calibrated:
+        _check_sizes(inputs, quantization, samples)
     notes, equalized, not_equalized = [], (), {}
     if preset.is_calibrated and copy is None:
         norms = [x for x in graph.layers(model) if isinstance(x, FilterResponseNormalization)]
@@ -160,24 +190,32 @@ def export_tflite(
 
     show(f"converting to {quantization or 'float32'}")
     exported = model if copy is None else copy.model
-    names = [tensor.name for tensor in exported.inputs] if copy else []
     try:
-        content, more_notes = convert(exported, preset, names, samples, integer_io)
+        content, more_notes = convert(exported, preset, specs, samples, integer_io)
     except Exception as error:
+        advice = "'int8_float_statistics' and 'dynamic' take more operators than 'int8'."
+        if inputs[0].shape[0] is None:
+            fixed = f"[keras.InputSpec(shape={(1, *inputs[0].shape[1:])})]"
+            advice += f" Recurrent layers need a fixed batch, such as input_signature={fixed}."
         raise ValueError(
             "`model` must consist of operators that LiteRT has with quantization="
             f"{quantization!r}. Received: {model.name}, of which the converter says: {error}. "
-            "'int8_float_statistics' and 'dynamic' take more operators than 'int8'."
+            f"{advice}"
         ) from error
     show("verifying in LiteRT")
     try:
-        runtime = LiteRT(content, names)
-        runtime.allocate(next(iter(samples), ()))
+        runtime = LiteRT(content, [spec.name for spec in inputs])
+        found = _compared(model, runtime, specs, samples)
+        if found["max_error"] is None:
+            runtime.allocate()
     except RuntimeError as error:
         raise ValueError(
             f"`model` must become a file that LiteRT runs. Received: {model.name}, which with "
             f"quantization={quantization!r} gives: {error}. Try another preset."
         ) from error
+    doubts = _doubts(model, specs, samples, quantization, found.pop("share"))
+    for text in doubts:
+        warnings.warn(text, stacklevel=2)
     report = ExportReport(
         path=path,
         quantization=quantization,
@@ -185,10 +223,12 @@ def export_tflite(
         operators=runtime.count_operators(),
         delegated=runtime.count_delegated(),
         partitions=runtime.count_partitions(),
-        **_compared(model, runtime, samples),
+        samples=samples.count,
+        ranges={spec.name or "input": ends for spec, ends in zip(inputs, samples.ranges)},
+        **found,
         equalized=equalized,
         not_equalized=not_equalized,
-        warnings=(*notes, *more_notes),
+        warnings=(*notes, *more_notes, *samples.warnings, *doubts),
     )
     _write(path, content)
     return report
@@ -255,25 +295,125 @@ def _copied(model):
     return None
 
 
-def _compared(model, runtime, samples):
-    """What the report says of the file's outputs: the difference from the model's own."""
-    max_error, same, positions = 0.0, 0, 0
-    for batch in samples:
-        inputs = graph.inputs_like(model, batch) if graph.is_graph(model) else batch[0]
-        outputs = keras.tree.flatten(model(inputs, training=False))
-        for actual, expected in zip(runtime(*batch), outputs):
-            expected = np.asarray(expected, "float32")
+def _check_sizes(inputs, quantization, samples):
+    """Integer files have one size throughout; another at run time is wrong without an error."""
+    if any(None in spec.shape[1:] for spec in inputs):
+        seen = [(1, *array.shape[1:]) for array in next(iter(samples))]
+        advice = ", ".join(f"keras.InputSpec(shape={shape})" for shape in seen)
+        raise ValueError(
+            "`input_signature` must give the sizes of the inputs with "
+            f"quantization={quantization!r}. Received: {[spec.shape for spec in inputs]}. Pass "
+            f"input_signature=[{advice}], or use 'dynamic', which takes any size."
+        )
+
+
+def _batches(model, specs, samples):
+    """The inputs to compare on: the samples, or random ones that the model runs on."""
+    if samples.count:
+        return samples
+    rng, arrays = np.random.default_rng(0), []
+    with contextlib.suppress(Exception):  # not every model takes 32 for each unknown size
+        for spec in keras.tree.flatten(specs):
+            shape = (spec.shape[0] or 2, *(size or 32 for size in spec.shape[1:]))
+            is_float = spec.dtype == "float32"
+            values = rng.normal(size=shape) if is_float else rng.integers(0, 2, shape)
+            arrays.append(values.astype(spec.dtype))
+        _outputs(model, specs, arrays)
+        return [arrays]
+    return []
+
+
+def _outputs(model, specs, arrays):
+    outputs = model(*keras.tree.pack_sequence_as(specs, arrays), training=False)
+    return [np.asarray(output, "float32") for output in keras.tree.flatten(outputs)]
+
+
+def _compared(model, function, specs, samples):
+    """What the report says of the outputs of a file or another function, and `share`, their largest
+    difference from the model's as a share of the range of an output and zero.
+    """
+    errors, lows, highs = {}, {}, {}
+    same = positions = 0
+    for batch in _batches(model, specs, samples):
+        for i, (actual, expected) in enumerate(
+            zip(function(*batch), _outputs(model, specs, batch))
+        ):
             with np.errstate(invalid="ignore"):
-                error = np.where(actual == expected, 0.0, np.abs(actual - expected))
-            max_error = max(max_error, float(error.max(initial=0.0)))
+                error = np.nan_to_num(np.abs(actual - expected), nan=np.inf)
+            error[(actual == expected) | np.isnan(actual) & np.isnan(expected)] = 0
+            finite = expected[np.isfinite(expected)]
+            errors[i] = max(errors.get(i, 0.0), float(error.max(initial=0)))
+            lows[i] = min(lows.get(i, 0.0), float(finite.min(initial=0)))
+            highs[i] = max(highs.get(i, 0.0), float(finite.max(initial=0)))
             if expected.ndim > 1 and expected.shape[-1] > 1:
                 equal = actual.argmax(-1) == expected.argmax(-1)
                 same, positions = same + int(equal.sum()), positions + equal.size
+    ranges = {i: highs[i] - lows[i] or np.finfo("f4").tiny for i in errors}
     return {
-        "samples": samples.count,
-        "max_error": max_error if samples.count else None,
+        "max_error": max(errors.values(), default=None),
         "agreement": same / positions if positions else None,
+        "share": max((errors[i] / ranges[i] for i in errors), default=0.0),
     }
+
+
+def _doubts(model, specs, samples, quantization, share):
+    """Warnings about outputs beyond the preset's bound. A float32 file of them is refused."""
+    dtypes = {layer.compute_dtype for layer in (model, *graph.layers(model))}
+    is_half = bool(dtypes & {"float16", "bfloat16"})
+    bound = max(PRESETS[quantization].bound, _HALF_BOUND if is_half else 0)
+    if share <= bound:
+        return []
+    text = (
+        f"the outputs differ from the model's by up to {share:.2g} of their range, where "
+        f"{quantization or 'float32'} should stay within {bound:g}."
+    )
+    if quantization is not None or is_half:
+        return [text]
+    if share < 10 * _share_of_roundings(model, specs, samples):
+        return [
+            f"{text} The model amplifies roundings: changed in the sixth digit, its weights give "
+            "such differences in any runtime. A normalization of one position should learn epsilon."
+        ]
+    name = _first_wrong(model, specs, samples, bound)
+    raise ValueError(
+        f"`model` must become a file that computes the same. Received: {model.name}; {text} "
+        + (f"The first layer to differ is {name}. " if name else "")
+        + "Replace layers that LiteRT computes in another way."
+    )
+
+
+def _share_of_roundings(model, specs, samples):
+    """How far outputs move where weights and inputs change by a millionth."""
+    rng = np.random.default_rng(0)
+
+    def changed(array):
+        array = keras.ops.convert_to_numpy(array)
+        is_float = keras.backend.is_float_dtype(str(array.dtype))
+        return (
+            array * (1 + 1e-6 * rng.uniform(-1, 1, array.shape)).astype("f4") if is_float else array
+        )
+
+    weights = [(w, keras.ops.convert_to_tensor(changed(w), w.dtype)) for w in model.variables]
+
+    def function(*arrays):
+        with keras.StatelessScope(weights):
+            return _outputs(model, specs, [changed(array) for array in arrays])
+
+    return _compared(model, function, specs, samples)["share"]
+
+
+def _first_wrong(model, specs, samples, bound):
+    """The name of the first layer up to which a file is wrong, found by halving, or None."""
+
+    def is_wrong(layer):
+        part = keras.Model(graph.inputs_like(model, model.inputs), layer.output)
+        content, _ = convert(part, PRESETS[None], specs, samples, False)
+        runtime = LiteRT(content, [spec.name for spec in keras.tree.flatten(specs)])
+        return _compared(part, runtime, specs, samples)["share"] > bound
+
+    # A subclassed model has no outputs of layers, and not every layer is one in LiteRT.
+    with contextlib.suppress(Exception):
+        return model.layers[bisect.bisect_left(model.layers, True, key=is_wrong)].name
 
 
 def _write(path, content):

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import tempfile
 import warnings
 
+import keras
 import numpy as np
 
 from .runtime import LiteRT, upstream
@@ -18,6 +20,9 @@ _RARE, _BINS = 2e-4, 4096
 class Preset:
     """How a file stores weights and computes."""
 
+    # How far outputs may be off, as a share of their range and zero's. A file beyond is refused in
+    # float32, where only roundings differ, and has a warning elsewhere.
+    bound: float
     # Whether TensorFlow's converter stores the weights in fewer bits, and their type if chosen.
     is_optimized: bool = True
     weights: str | None = None
@@ -38,17 +43,19 @@ class Preset:
 
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
 PRESETS = {
-    None: Preset(is_optimized=False),
-    "float16": Preset(weights="float16"),
-    "dynamic": Preset(),
+    None: Preset(bound=1e-4, is_optimized=False),
+    "float16": Preset(bound=0.01, weights="float16"),
+    "dynamic": Preset(bound=0.1),
     "int8": Preset(
+        bound=0.2,
         activations="int8",
         converter_operators="TFLITE_BUILTINS_INT8",
         quantizer_operators=("ALL_SUPPORTED",),
         is_integer=True,
     ),
-    "int8_float_statistics": Preset(activations="int8", quantizer_operators=_PRODUCTS),
+    "int8_float_statistics": Preset(bound=0.2, activations="int8", quantizer_operators=_PRODUCTS),
     "int16x8": Preset(
+        bound=0.1,
         activations="int16",
         converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
     ),
@@ -67,13 +74,27 @@ def import_quantizer():
     return qtyping, quantizer
 
 
-def convert(model, preset, input_names, samples, integer_io):
+def convert(model, preset, specs, samples, integer_io):
     """Returns the content of a LiteRT file that computes the model, and a list of warnings."""
+    input_names = [spec.name for spec in keras.tree.flatten(specs)]
     with tempfile.TemporaryDirectory() as folder:
-        model.export(folder, format="tf_saved_model", verbose=False)
-        if not preset.quantizer_operators:
+        # `model.export` would trace some layers, such as `Resizing`, as in training.
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        serve = functools.partial(model.__call__, training=False)
+        archive.add_endpoint("serve", serve, input_signature=specs)
+        archive.write_out(folder, verbose=False)
+        if not preset.is_calibrated:
             return _by_converter(folder, preset, input_names, samples, integer_io), []
         content = _by_converter(folder, PRESETS[None], input_names, samples, False)
+        if "WHILE" in LiteRT(content, is_plain=True).count_operators():
+            # The converter does not survive one in int16x8.
+            raise ValueError(
+                "a loop has no integer form. Build recurrent layers with unroll=True, or use "
+                "'dynamic'"
+            )
+        if not preset.quantizer_operators:
+            return _by_converter(folder, preset, input_names, samples, integer_io), []
         content = _by_quantizer(content, preset, input_names, samples, integer_io)
         in_float = _float_operators(content) if preset.is_integer else []
         if not in_float:
@@ -108,18 +129,18 @@ def _by_converter(folder, preset, input_names, samples, integer_io):
 
 
 def _rows(samples, names):
-    """Single samples, as the converter's calibration takes them."""
+    """Single samples, as the converter's calibration takes them, or batches of a fixed size."""
     for batch in samples:
-        for row in range(len(batch[0])):
-            arrays = [array[row : row + 1] for array in batch]
+        step = samples.fixed_size or 1
+        for row in range(0, len(batch[0]), step):
+            arrays = [array[row : row + step] for array in batch]
             yield dict(zip(names, arrays)) if len(names) > 1 else arrays
 
 
 def _by_quantizer(content, preset, input_names, samples, integer_io):
     qtyping, ai_edge = import_quantizer()
     runtime = LiteRT(content, input_names, is_plain=True)
-    runtime.allocate(next(iter(samples)))
-    quantizer = ai_edge.Quantizer(_with_sizes(content, runtime.interpreter.get_input_details()))
+    quantizer = ai_edge.Quantizer(content)
     operator = qtyping.TFLOperationName
     ends = [operator.INPUT, operator.OUTPUT]
     chosen = [operator[name] for name in preset.quantizer_operators]
@@ -135,20 +156,6 @@ def _by_quantizer(content, preset, input_names, samples, integer_io):
         warnings.filterwarnings("ignore", ".*experimental_preserve_all_tensors")
         result = quantizer.quantize(ranges, enable_progress_bar=False, enable_progress_report=False)
     return bytes(result.quantized_model)
-
-
-def _with_sizes(content, inputs):
-    """The file with inputs of the sizes of these details.
-
-    The quantizer tries the file at that size, and not every model of unknown size runs on a single
-    pixel.
-    """
-    from tensorflow.lite.tools import flatbuffer_utils
-
-    file = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
-    for detail in inputs:
-        file.subgraphs[0].tensors[detail["index"]].shape = detail["shape"]
-    return bytes(flatbuffer_utils.convert_object_to_bytearray(file))
 
 
 def _float_operators(content):

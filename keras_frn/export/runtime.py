@@ -52,11 +52,8 @@ class LiteRT:
         key = (lambda name: (len(name), name)) if "output_0" in outputs else None
         return [_dequantized(outputs[name], details[name]) for name in sorted(outputs, key=key)]
 
-    def allocate(self, arrays=()):
-        """Chooses the sizes of the inputs: those of one sample, or those in the file."""
-        if arrays:
-            self(*(array[:1] for array in arrays))
-            return
+    def allocate(self):
+        """Prepares a file that was not called."""
         # Unknown sizes are 1 in the file, which some models cannot run.
         with contextlib.suppress(RuntimeError):
             self.interpreter.allocate_tensors()

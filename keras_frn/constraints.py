@@ -1,0 +1,71 @@
+"""Constraints for the kernels in front of the layers."""
+
+import math
+import numbers
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_frn")
+class ZeroMean(keras.constraints.Constraint):
+    """Keeps each filter at zero mean, in the manner of `keras.constraints.UnitNorm`.
+
+    ```
+    w = w - mean(w)            over the axes that belong to one filter
+    ```
+
+    Filter Response Normalization does not subtract the mean of its input. A filter of zero mean
+    does most of that for it: what its inputs have in common does not pass. Applied after each
+    update, as every constraint; nothing of it is left at inference.
+
+    Shape: a kernel of rank 2 or more.
+
+    Args:
+        axis: Int, tuple of ints, or None for all axes but the last, the filters: convolutions
+            `(*spatial, in, out)`, with groups too, and dense kernels `(in, out)`. Pass (0, 1) for
+            `DepthwiseConv2D`, whose kernel is `(height, width, in, multiplier)`, and (0, 1, 3) for
+            `Conv2DTranspose`, `(height, width, out, in)`. Defaults to None.
+
+    Raises:
+        ValueError: if the axes are none of these, or a filter would have one weight, which would
+            stay 0.
+
+    Example:
+
+    >>> conv = keras.layers.Conv2D(
+    ...     16, 3, use_bias=False, kernel_constraint=keras_frn.constraints.ZeroMean()
+    ... )
+
+    References: Huang et al., "Centered Weight Normalization in Accelerating Training of Deep Neural
+    Networks", ICCV 2017; Qiao et al., "Weight Standardization", https://arxiv.org/abs/1903.10520;
+    Yong et al., "Gradient Centralization", ECCV 2020, https://arxiv.org/abs/2004.01461."""
+
+    def __init__(self, axis=None):
+        axes = tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
+        integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
+        if axis is not None and not (axes and integers and len(set(axes)) == len(axes)):
+            raise ValueError(
+                "`axis` must be an int, a tuple of different ints, or None. Received: "
+                f"axis={axis!r}. None takes all axes but the last, as convolutions need."
+            )
+        self.axis = None if axis is None else tuple(map(int, axes))
+
+    def __call__(self, value):
+        shape, rank = tuple(value.shape), len(value.shape)
+        axes = range(rank - 1) if self.axis is None else self.axis
+        axes = {a % rank if -rank <= a < rank else None for a in axes}
+        count = 0 if None in axes else math.prod(shape[a] for a in axes)
+        if count < 2 or len(axes) == rank:
+            raise ValueError(
+                "`axis` must name axes of the kernel that have more than one weight together and "
+                f"leave one for the filters. Received: axis={self.axis} for a kernel of shape "
+                f"{shape}. Use (0, 1) for `DepthwiseConv2D`, and none where a filter is one weight."
+            )
+        dtype = keras.backend.standardize_dtype(value.dtype)
+        # Half precision is computed in float32. A sum, as `ops.mean` is float32 on JAX.
+        wide = ops.cast(value, "float64" if dtype == "float64" else "float32")
+        return ops.cast(wide - ops.sum(wide, axis=tuple(axes), keepdims=True) / count, dtype)
+
+    def get_config(self):
+        return {"axis": self.axis}

@@ -1,0 +1,55 @@
+"""The inputs of the file: their sizes, types and names."""
+
+import keras
+
+from .. import graph
+
+
+def specs_of(model, input_signature):
+    """The `keras.InputSpec` of each input, nested as the model takes them: a list of one structure
+    for each positional argument. Sizes are those given, else the model's own, a fixed batch size
+    included.
+    """
+    if graph.is_graph(model):
+        own = [_spec(x.shape, x.dtype, x.name) for x in model.inputs]
+        nested = [graph.inputs_like(model, own)]
+    else:
+        config = model.get_build_config()
+        shapes = config["shapes_dict"].values() if "shapes_dict" in config else config.values()
+        nested = [_nested(shape, model.input_dtype) for shape in shapes]
+        own = keras.tree.flatten(nested)
+    if input_signature is None:
+        return nested
+    given = keras.tree.flatten(input_signature)
+    if len(given) != len(own) or not all(map(_fits, given, own)):
+        raise ValueError(
+            "`input_signature` must have a `keras.InputSpec` that fits each of the model's inputs, "
+            f"{[(spec.dtype, spec.shape) for spec in own]}. Received: "
+            f"input_signature={input_signature}. Pass [keras.InputSpec(shape=...)], with the batch."
+        )
+    chosen = [_spec(x.shape, spec.dtype, spec.name) for x, spec in zip(given, own)]
+    return keras.tree.pack_sequence_as(nested, chosen)
+
+
+def _spec(shape, dtype, name=None):
+    dtype = "float32" if keras.backend.is_float_dtype(dtype) else dtype
+    return keras.InputSpec(shape=tuple(shape), dtype=dtype, name=name)
+
+
+def _nested(shapes, dtype):
+    """The specs of a structure of shapes, as a subclassed model has seen them."""
+    if isinstance(shapes, dict):
+        return {name: _nested(shape, dtype) for name, shape in shapes.items()}
+    if shapes and not isinstance(shapes[0], (int, type(None))):
+        return [_nested(shape, dtype) for shape in shapes]
+    return _spec((None, *shapes[1:]), dtype)
+
+
+def _fits(given, own):
+    """Whether the shape is one of those that the model takes, and the type its own, if given."""
+    if getattr(given, "shape", None) is None or len(given.shape) != len(own.shape):
+        return False
+    dtype = given.dtype and keras.backend.standardize_dtype(given.dtype)
+    return all(size in (None, x) for x, size in zip(given.shape, own.shape)) and (
+        dtype in (None, own.dtype)
+    )
