@@ -10,9 +10,23 @@ EXAMPLES = sorted(path.name for path in ROOT.glob("examples/*.py"))
 # For each example: the backends it runs on, a package that it needs, the arguments of `main`, and
 # what the result must satisfy.
 TOYS = {
+    "bayesian.py": (
+        ("jax",),
+        "blackjax",
+        {
+            "images": 20,
+            "depth": 8,
+            "width": 2,
+            "train_steps": 2,
+            "samples": 2,
+            "burn_in": 2,
+            "leapfrog": 2,
+        },
+        lambda result: 0 <= result[1] <= 1,
+    ),
     "image_classification.py": (
         ("tensorflow", "jax", "torch"),
-        "keras_frn.constraints",
+        "sklearn",
         {"data": "none", "images": 64, "epochs": 1, "width": 4, "output": "model.keras"},
         lambda accuracy: 0 <= accuracy <= 1,
     ),
@@ -22,6 +36,13 @@ TOYS = {
         {"images": 64, "epochs": 1},
         # Both interpreters round alike but for a few operators.
         lambda result: result[1] <= 3,
+    ),
+    "private_training.py": (
+        ("jax",),
+        "jax_privacy",
+        {"data": "digits", "steps": 2, "batch": 32, "width": 4},
+        # Epsilon, and accuracies by network.
+        lambda result: result[0] > 0 and len(result[1]) > 1,
     ),
     "segmentation_3d.py": (
         # JAX takes a minute to compile and run convolutions of volumes on a CPU.
@@ -33,6 +54,8 @@ TOYS = {
 }
 
 
+# jax-privacy's own.
+@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, tmp_path, monkeypatch):
     assert name in TOYS, "a new example needs a row in TOYS"
