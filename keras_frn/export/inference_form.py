@@ -5,6 +5,8 @@ Filter Response Normalization does not see a positive factor of an input channel
 until each channel has a root mean square of one, and one integer scale fits all channels.
 """
 
+import collections
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -96,7 +98,6 @@ class _Normalization(layers.Layer):
         floor: The least mean square of the integer form, or None for the float form.
         first_epsilon: The epsilon of the first of two normalizations, or None for one.
         pooling: The max-pooling that follows, as a function, where it comes before the scale.
-        recorded: List that gets the mean squares of each batch, or None.
     """
 
     def __init__(self, source):
@@ -111,7 +112,7 @@ class _Normalization(layers.Layer):
             weight = getattr(source, name, None)
             value = None if weight is None else ops.convert_to_numpy(weight).astype("float32")
             setattr(self, name, value)
-        self.floor = self.first_epsilon = self.pooling = self.recorded = None
+        self.floor = self.first_epsilon = self.pooling = None
 
     @property
     def is_channels_last(self):
@@ -119,8 +120,6 @@ class _Normalization(layers.Layer):
         return self.axis in (-1, self.rank - 1)
 
     def call(self, inputs, training=None, mask=None):
-        if self.recorded is not None:
-            self.recorded.append(ops.convert_to_numpy(self._mean_square(inputs)))
         if mask is None and (self.floor is not None or self.pooling is not None):
             return self._in_steps(inputs)
         options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
@@ -132,10 +131,10 @@ class _Normalization(layers.Layer):
         epsilon, gamma = self.epsilon, self.gamma
         if self.first_epsilon is not None:
             # With e1 and then e2 the result is x / sqrt((1 + e2) * nu2 + e1 * e2).
-            x = x * ops.rsqrt(self._mean_square(x) + self.aligned(self.first_epsilon))
+            x = x * ops.rsqrt(self.mean_square(x) + self.aligned(self.first_epsilon))
             epsilon = epsilon / (self.first_epsilon - epsilon)
             gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
-        nu2 = self._mean_square(x)
+        nu2 = self.mean_square(x)
         if self.floor is None or np.max(epsilon) > _VISIBLE * self.floor / _RESOLVED:
             nu2 = nu2 + self.aligned(epsilon)
         if self.floor is not None:
@@ -148,7 +147,8 @@ class _Normalization(layers.Layer):
     def _threshold(self, y):
         return y if self.tau is None else frn_ops.tlu(y, self.tau, self.alpha, axis=self.axis)
 
-    def _mean_square(self, x):
+    def mean_square(self, x):
+        """The mean square of an input per sample and channel, of the input's rank."""
         axes = [axis for axis in range(1, self.rank) if axis != self.axis % self.rank]
         return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
 
@@ -282,14 +282,15 @@ class InferenceCopy:
 
     def _recorded(self, batches):
         """Dict from each normalization to the mean squares of its inputs."""
-        for layer in self.normalizations:
-            layer.recorded = []
-        for batch in batches:
-            self.model(graph.inputs_like(self.model, batch), training=False)
-        recorded = {x: np.concatenate(x.recorded).astype("float64") for x in self.normalizations}
-        for layer in self.normalizations:
-            layer.recorded = None
-        return recorded
+        recorded = collections.defaultdict(list)
+
+        def record(layer, x, *_):
+            recorded[layer].append(ops.convert_to_numpy(layer.mean_square(x)))
+
+        with graph.watched(self.normalizations, record):
+            for batch in batches:
+                self.model(graph.inputs_like(self.model, batch), training=False)
+        return {x: np.concatenate(values).astype("float64") for x, values in recorded.items()}
 
     def _is_shared(self, layer):
         return len(self._wiring.calls_of(layer)) != 1
