@@ -164,7 +164,13 @@ def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
 
 def test_nothing_names_this_machine():
     words = ("/work" + "/", "/tmp" + "/v", "py" + "pi.org", "helper" + "-")
-    for path in [*SOURCES, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tests/*.py")]:
+    for path in [
+        *SOURCES,
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/*.py"),
+        *ROOT.glob("tests/*.py"),
+    ]:
         text = path.read_text()
         assert not [w for w in words if w in text], path.name
 
