@@ -53,8 +53,8 @@ def inputs():
 
 
 def saved_model(path):
-    serve = tf.saved_model.load(path).serve
-    return lambda: lambda x: serve(tf.constant(x)).numpy()
+    loaded = tf.saved_model.load(path)  # its functions do not keep it alive
+    return lambda: lambda x: loaded.serve(tf.constant(x)).numpy()
 
 
 def litert(path):
