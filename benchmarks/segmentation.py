@@ -11,7 +11,8 @@ steps, a cosine to 0, cross-entropy and soft Dice. Dice is the mean over 100 oth
 `--tune` chooses the rate of each normalization out of 0.01, 0.03 and 0.1 (and 0.3, where 0.1 is
 best) by the Dice on 40 validation volumes, one run of a third of the length. BatchNormalization has
 its moving statistics, momentum 0.99, or statistics recomputed over 40 training volumes, whichever
-is better on the validation volumes. Finished runs are in results/segmentation.csv and are not done again."""
+is better on the validation volumes. Finished runs are in results/segmentation.csv and
+are not done again."""
 
 import argparse
 import functools
