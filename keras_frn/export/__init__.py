@@ -309,7 +309,7 @@ def _with_sizes(specs, samples, quantization):
         raise ValueError(
             "`calibration_data` must have samples of one size with "
             f"quantization={quantization!r}. Received: {[sorted(sizes) for sizes in seen]}. "
-            "Integer files have one size: resize the samples to it, or use 'dynamic', which takes any."
+            "Integer files have one size: resize the samples, or use 'dynamic', which takes any."
         )
     chosen = [
         keras.InputSpec(shape=(x.shape[0], *sizes.pop()), dtype=x.dtype, name=x.name)
