@@ -167,7 +167,8 @@ def main():
         row["version"] = json.loads(package.read_text())["version"]
         row["error"] = row["refused"] = ""
         if "outputs" in result:
-            row["error"] = float(np.abs(np.array(result["outputs"]) - expected).max())
+            error = np.abs(np.array(result["outputs"]) - expected).max()
+            row["error"] = f"{error:.2g}"
         else:
             row["refused"] = result["error"].splitlines()[0][:160]
         row["range"] = float(np.ptp(expected))

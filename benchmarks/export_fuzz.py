@@ -178,10 +178,8 @@ def share(actual, expected):
 
 def export(model, path, preset, data):
     """What the export said: "", a warning or an error."""
-    size = None
-    if any(isinstance(layer, (layers.GRU, layers.LSTM)) for layer in model.layers):
-        size = 1
-    signature = [keras.InputSpec(shape=(size, *model.input_shape[1:]))]
+    # A fixed batch, as recurrent layers and microcontrollers want it.
+    signature = [keras.InputSpec(shape=(1, *model.input_shape[1:]))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -202,8 +200,10 @@ def run(path, x):
 
 def micro_steps(path, x):
     """How many steps TensorFlow Lite Micro is off from LiteRT, or why it does not run the file."""
-    from tflite_micro import runtime as micro
-
+    try:
+        from tflite_micro import runtime as micro
+    except ImportError:
+        return "not installed"
     litert = LiteRT(str(path))
     litert(x[:1])
     (given,) = litert.interpreter.get_input_details()

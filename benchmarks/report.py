@@ -109,11 +109,11 @@ def pyplot():
 def plot_batches(rows, names, path):
     """Accuracy by batch size: plain filters, filters of zero mean, and the paper."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(10, 4.2), layout="constrained")
     batches = sorted({int(r["batch"]) for r in rows})
     means = []
     for axis, (zero_mean, kind) in zip(axes, KINDS.items()):
-        for name in names:
+        for number, name in enumerate(names):
             points = []
             for batch in batches:
                 found = by_seed(
@@ -129,9 +129,10 @@ def plot_batches(rows, names, path):
             if points:
                 x, y, half = zip(*points)
                 means += y
-                axis.errorbar(
-                    x, y, np.nan_to_num(half), color=COLORS[name], capsize=2, **style(name)
-                )
+                # Side by side, or the intervals would cover each other.
+                x, half = np.array(x) * 2 ** (0.08 * number - 0.2), np.nan_to_num(half)
+                line = {"color": COLORS[name], "elinewidth": 1, "capsize": 2}
+                axis.errorbar(x, y, half, **line, **style(name))
         axis.set_title(f"Fashion-MNIST, {kind}", fontsize=10)
     for name, values in PAPER.items():
         axes[2].plot(PAPER_BATCHES, values, color=COLORS[name], **style(name))

@@ -33,3 +33,11 @@ def run_code(path, names):
             if program == "keras-frn" and arguments[0] != "demo":
                 assert cli.main(arguments) == 0, line
     return count
+
+
+def programs(path):
+    """The Python blocks of a file whose blocks are whole programs, each with its backend, which it
+    names itself."""
+    for _, language, block in _BLOCK.findall((ROOT / path).read_text()):
+        if language == "python":
+            yield re.search(r'"KERAS_BACKEND"\] = "(\w+)"', block)[1], block

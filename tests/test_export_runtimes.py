@@ -1,6 +1,9 @@
 """Exports beyond TensorFlow's own formats, and what a SavedModel can do after it is reloaded."""
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -8,6 +11,8 @@ import pytest
 from backends import BACKEND
 
 import keras_frn
+from keras_frn.export.quantization import PRESETS
+from keras_frn.export.runtime import LiteRT
 
 # Other kernels with other orders of sums, relative to the largest output.
 PARITY = 1e-5
@@ -91,6 +96,20 @@ def test_openvino(unknown, tmp_path):
         assert_close(compiled(x)[0], model.predict(x, verbose=0))
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="exported from PyTorch here")
+# What PyTorch's tracer says of sizes that Keras and our layers read.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning" if BACKEND == "torch" else "default")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_openvino_from_pytorch(tmp_path):
+    openvino = pytest.importorskip("openvino")
+    model = make((9, 9, 3))
+    path = str(tmp_path / "model.xml")
+    model.export(path, format="openvino", verbose=False)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for x in inputs(unknown=False):
+        assert_close(compiled(x)[0], model.predict(x, verbose=0))
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="exported from JAX here")
 # Keras 3.15 passes it to JAX's converter.
 @pytest.mark.filterwarnings("ignore:The `native_serialization` parameter is deprecated")
@@ -127,3 +146,134 @@ def test_exports_of_the_jax_backend(format_, unknown, tmp_path):
         outputs = [loaded.serve(x).numpy() for x in batches]
     for x, output in zip(batches, outputs, strict=True):
         assert_close(output, model.predict(x, verbose=0))
+
+
+# Steps of the output's integer between two runtimes that round on their own: 3 in 8 bits, where 1
+# was seen, and 8 in 16 bits, where 3 to 4 were. None: the runtime refuses the file.
+MICRO = {
+    None: 0,
+    "float16": None,
+    "dynamic": None,
+    "int8": 3,
+    "int8_float_statistics": 3,
+    "int16x8": 8,
+}
+# Operators that Vela leaves on the CPU beside an Ethos-U55.
+VELA = {
+    ("int8", True): 0,
+    ("int8", False): 2,
+    ("int16x8", True): 0,
+    ("int8_float_statistics", True): 12,
+    ("dynamic", False): 10,
+}
+on_tensorflow = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="files of TensorFlow's converter"
+)
+
+
+def quantized(preset, path, integer_io):
+    """A file of a network whose weights are enough for the converter to store in 8 bits."""
+    pytest.importorskip("ai_edge_quantizer", reason="of the [export] extra")
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((9, 9, 3)),
+            layers.Conv2D(16, 3),
+            keras_frn.FilterResponseNormalizationTLU(),
+            layers.Conv2D(32, 3),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    rng = np.random.default_rng(1)
+    model.set_weights([w + 0.1 * rng.normal(size=w.shape) for w in model.get_weights()])
+    x = rng.normal(size=(64, 9, 9, 3)).astype("float32")
+    return model, x, keras_frn.export_tflite(model, path, preset, x, integer_io=integer_io)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("preset", MICRO)
+def test_each_preset_in_litert_and_tflite_micro(preset, tmp_path):
+    is_integer = PRESETS[preset].is_calibrated
+    model, x, report = quantized(preset, tmp_path / "m.tflite", is_integer)
+    litert, expected = LiteRT(report.path), model.predict(x, verbose=0)
+    outputs = litert(x)[0]
+    assert np.max(np.abs(outputs - expected)) <= PRESETS[preset].bound * np.ptp(expected)
+
+    micro = pytest.importorskip("tflite_micro").runtime.Interpreter
+    content = Path(report.path).read_bytes()
+    if MICRO[preset] is None:
+        with pytest.raises(RuntimeError, match="failed to allocate"):
+            micro.from_bytes(content, arena_size=2**20)
+        return
+    interpreter = micro.from_bytes(content, arena_size=2**20)
+    (given,) = litert.interpreter.get_input_details()
+    (taken,) = litert.interpreter.get_output_details()
+    for row, output in zip(x[:16], outputs):
+        if is_integer:
+            scale, zero = given["quantization"]
+            ends = np.iinfo(given["dtype"])
+            row = np.clip(np.round(row / scale) + zero, ends.min, ends.max).astype(given["dtype"])
+        interpreter.set_input(row[None], 0)
+        interpreter.invoke()
+        found = interpreter.get_output(0)[0]
+        if is_integer:
+            scale, zero = taken["quantization"]
+            steps = found.astype(int) - zero - np.round(output / scale)
+            assert np.max(np.abs(steps)) <= MICRO[preset]
+        else:
+            assert_close(found, output)
+
+
+@on_tensorflow
+@pytest.mark.parametrize(("preset", "integer_io"), VELA)
+def test_each_preset_in_vela(preset, integer_io, tmp_path):
+    pytest.importorskip("ethosu")
+    _, _, report = quantized(preset, tmp_path / "m.tflite", integer_io)
+    code = "from ethosu.vela.vela import main; main()"
+    command = [sys.executable, "-c", code, report.path, "--output-dir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--accelerator-config", "ethos-u55-128"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (left,) = re.findall(r"CPU operators = (\d+) ", done.stdout)
+    assert int(left) == VELA[preset, integer_io]
+
+
+@on_tensorflow
+# tf2onnx asks NumPy 2 for names that it has given up.
+@pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")
+def test_static_int8_of_onnxruntime_needs_the_list_of_products(tmp_path):
+    """By its defaults it quantizes the mean squares, too, which spread channels do not survive."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="of the [onnx] extra")
+    pytest.importorskip("tf2onnx", reason="of the [onnx] extra")
+    from onnxruntime import quantization
+
+    model, rng = make((9, 9, 3)), np.random.default_rng(3)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            layer.set_weights(
+                [w * 10 ** np.linspace(-2, 0, w.shape[-1]) for w in layer.get_weights()]
+            )
+    x = rng.normal(size=(64, 9, 9, 3)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    path, result = str(tmp_path / "model.onnx"), str(tmp_path / "int8.onnx")
+    model.export(path, format="onnx", verbose=False)
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self, name):
+            self.rows = iter([{name: x[i : i + 1]} for i in range(64)])
+
+        def get_next(self):
+            return next(self.rows, None)
+
+    def share(**options):
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        quantization.quantize_static(path, result, Reader(name), **options)
+        session = onnxruntime.InferenceSession(result, providers=["CPUExecutionProvider"])
+        return np.abs(session.run(None, {name: x})[0] - expected).max() / np.ptp(expected)
+
+    with_products = share(op_types_to_quantize=["Conv", "MatMul", "Gemm"])
+    assert with_products < 0.2 < share()

@@ -557,10 +557,11 @@ def test_unknown_sizes(tmp_path, rng):
         close(LiteRT(report.path)(x)[0], model(x, training=False), FLOAT)
     assert export_tflite(model, tmp_path / "m.tflite").operators == report.operators
     for preset in ("int8", "int8_float_statistics", "int16x8"):
-        with pytest.raises(
-            ValueError, match=r"`input_signature` .*shape=\(1, 9, 9, 3\).*'dynamic'"
-        ):
+        with pytest.raises(ValueError, match=r"one size .*\(7, 12, 3\), \(9, 9, 3\).*'dynamic'"):
             export_tflite(model, tmp_path / "m.tflite", preset, iter(batches))
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 16, (9, 9, 3)))
+    assert {(-1, 9, 9, 3), (-1, 7, 7, 6)} <= stored_shapes(report.path)
+    assert "takes the size of the calibration data only, (9, 9, 3)" in str(report)
 
 
 def test_a_fixed_batch_size(tmp_path, rng):
@@ -737,10 +738,9 @@ def test_the_examples_of_the_guide(tmp_path, monkeypatch, rng, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"model": small_model(), "images": images(rng, 300), "labels": np.zeros(300)}
     names["keras_frn"] = keras_frn
-    assert run_code("docs/export.md", names) == 2
+    assert run_code("docs/export.md", names) == 3
     assert "XNNPACK" in capsys.readouterr().out
-    assert names["report"].samples == 256
-    assert LiteRT("model.tflite").interpreter.get_input_details()[0]["dtype"] is np.int8
+    assert (1, 12, 12, 3) in stored_shapes("model.tflite")
 
 
 class Undescribed(layers.Layer):
@@ -777,8 +777,11 @@ def traced_as_in_training():
     ]
 
 
-@pytest.mark.parametrize("preset", [None, "int8"])
-def test_the_file_computes_inference_where_layers_differ_in_training(preset, tmp_path, rng):
+# Unequalized, behind a BatchNormalization, 8 bits leave 0.15 here.
+@pytest.mark.parametrize(("preset", "tolerance"), [(None, FLOAT), ("int8", 0.2)])
+def test_the_file_computes_inference_where_layers_differ_in_training(
+    preset, tolerance, tmp_path, rng
+):
     model = keras.Sequential(
         [
             keras.Input((12, 12, 3)),
@@ -792,7 +795,7 @@ def test_the_file_computes_inference_where_layers_differ_in_training(preset, tmp
     shuffled_weights(model).layers[-3].moving_mean.assign(np.arange(6.0))
     x = images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", preset, x)
-    close(LiteRT(report.path)(x)[0], model(x, training=False), PRESETS[preset])
+    close(LiteRT(report.path)(x)[0], model(x, training=False), tolerance)
 
 
 class Elsewhere(layers.Layer):
@@ -827,11 +830,11 @@ def test_outputs_beyond_the_bound_are_warned_of(tmp_path, rng):
 @pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
 def test_a_model_that_amplifies_roundings_is_exported_with_a_warning(tmp_path, rng):
     """At one position and without a learned epsilon a normalization is the sign of its input."""
-    blocks = [layer for _ in range(6) for layer in (layers.Dense(16), frn(epsilon=1e-12))]
+    blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
     model = keras.Sequential([keras.Input((16,)), *blocks])
     with pytest.warns(UserWarning, match="amplifies roundings.*should learn epsilon"):
-        report = export_tflite(model, tmp_path / "m.tflite", None, images(rng, 2000, (16,)))
-    assert report.max_error > 0.01
+        report = export_tflite(model, tmp_path / "m.tflite", None, images(rng, 500, (16,)))
+    assert report.max_error > 1e-4
 
 
 def test_not_a_number_in_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
@@ -954,3 +957,15 @@ def test_data_that_show_nothing_are_warned_of(tmp_path, rng):
         assert any(message in text for text in report.warnings)
     report = export_tflite(small_model(), tmp_path / "m.tflite", None, x)
     assert f"image {x.min():.4g} to {x.max():.4g}" in str(report)
+
+
+@pytest.mark.parametrize("layer", [layers.ReLU(6.0), layers.Activation("relu6")])
+def test_relu6_of_its_own_is_two_subtractions_in_integers(layer, tmp_path, rng):
+    """TensorFlow Lite Micro computes RELU6 in the scale of its input."""
+    after = [layer.__class__.from_config(layer.get_config()), layers.Conv2D(4, 1)]
+    model = shuffled_weights(stack(frn_tlu_layer(), *after, layers.ReLU(6.0)))
+    model.layers[1].gamma.assign(np.full(6, 6.0))
+    report = export_tflite(model, tmp_path / "m.tflite", "int8", images(rng, 16))
+    assert report.operators["SUB"] == 2
+    assert "RELU6" not in report.operators, "alone, or not taken in by a convolution"
+    assert export_tflite(model, tmp_path / "m.tflite").operators["RELU6"] == 1

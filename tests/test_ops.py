@@ -494,3 +494,146 @@ def test_no_warnings_on_ordinary_input():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         frn(np.ones((1, 2, 2, 1), "float32"))
+
+
+def autodiff_case(rng):
+    """A smooth place: no position is within 0.01 of its threshold. In float64."""
+    x, direction, other = rng.normal(size=(3, 2, 5, 6, 3))
+    weights = {"gamma": rng.normal(1.0, 0.3, 3), "beta": rng.normal(size=3)}
+    weights["tau"] = np.array([-0.5, 0.2, -0.1])
+    distance = frn_tlu(x, weights["gamma"], weights["beta"]) - weights["tau"]
+    assert np.min(np.abs(distance)) > 1e-3
+    return x, direction, other, weights
+
+
+def differences(function, x, direction, step=1e-5):
+    return (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+
+
+# A central difference with a step of 1e-5 is off by some 1e-10, squared step, and 1e-16 / 1e-5.
+DIFFERENCE = 1e-8
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX's transformations")
+def test_every_derivative_of_jax_agrees_with_finite_differences(rng):
+    import jax
+
+    with float64_enabled():
+        x, _, other, weights = autodiff_case(rng)
+        arguments = {"x": x, **weights}
+        along = {name: rng.normal(size=a.shape) for name, a in arguments.items()}
+
+        def loss(arguments):
+            return jax.numpy.sum(jax.numpy.sin(frn_tlu_op(**arguments, epsilon=0.1)) * other)
+
+        def shifted(step):
+            return {name: a + step * along[name] for name, a in arguments.items()}
+
+        def dot(tree):
+            return sum(np.vdot(tree[name], along[name]) for name in tree)
+
+        step = 1e-5
+        slope = (loss(shifted(step)) - loss(shifted(-step))) / (2 * step)
+        value, tangent = jax.jvp(loss, (arguments,), (along,))
+        linear_value, linear = jax.linearize(loss, arguments)
+        assert value == linear_value
+        for name, found in (
+            ("forward mode", tangent),
+            ("linearize", linear(along)),
+            ("reverse mode", dot(jax.grad(loss)(arguments))),
+            ("checkpoint", dot(jax.grad(jax.checkpoint(loss))(arguments))),
+        ):
+            np.testing.assert_allclose(found, slope, rtol=DIFFERENCE, err_msg=name)
+
+        gradient = jax.grad(loss)
+        plus, minus = gradient(shifted(step)), gradient(shifted(-step))
+        expected = {name: (plus[name] - minus[name]) / (2 * step) for name in arguments}
+        for found in (
+            jax.jvp(gradient, (arguments,), (along,))[1],  # forward over reverse
+            jax.grad(lambda a: jax.jvp(loss, (a,), (along,))[1])(arguments),  # reverse over forward
+            jax.grad(lambda a: dot_traced(gradient(a), along))(arguments),  # reverse over reverse
+            jax.linearize(gradient, arguments)[1](along),
+            jax.jvp(jax.grad(jax.checkpoint(loss)), (arguments,), (along,))[1],
+        ):
+            for name in arguments:
+                close(found[name], expected[name], DIFFERENCE)
+
+
+def dot_traced(tree, other):
+    return sum((tree[name] * other[name]).sum() for name in tree)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's tapes and accumulators")
+def test_every_derivative_of_tensorflow_agrees_with_finite_differences(rng):
+    import tensorflow as tf
+
+    x, direction, other, weights = autodiff_case(rng)
+
+    def loss(x):
+        return tf.reduce_sum(tf.sin(frn_tlu_op(x, **weights, epsilon=0.1)) * other)
+
+    def gradient(x):
+        x = tf.convert_to_tensor(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = loss(x)
+        return tape.gradient(value, x)
+
+    slope = differences(loss, x, direction)
+    np.testing.assert_allclose(np.vdot(gradient(x), direction), slope, rtol=DIFFERENCE)
+    plus, minus = gradient(x + 1e-5 * direction), gradient(x - 1e-5 * direction)
+    expected = (plus - minus) / 2e-5
+    primal, tangent = tf.constant(x), tf.constant(direction)
+    with tf.autodiff.ForwardAccumulator(primal, tangent) as accumulator:
+        value, first = loss(primal), gradient(primal)
+    np.testing.assert_allclose(accumulator.jvp(value), slope, rtol=DIFFERENCE)
+    close(accumulator.jvp(first), expected, DIFFERENCE)  # forward over reverse
+    with tf.GradientTape() as tape:
+        tape.watch(primal)
+        with tf.autodiff.ForwardAccumulator(primal, tangent) as accumulator:
+            value = loss(primal)
+        along = accumulator.jvp(value)
+    close(tape.gradient(along, primal), expected, DIFFERENCE)  # reverse over forward
+    with tf.GradientTape() as tape:
+        tape.watch(primal)
+        along = tf.reduce_sum(gradient(primal) * tangent)
+    close(tape.gradient(along, primal), expected, DIFFERENCE)  # reverse over reverse
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's transformations")
+# PyTorch's own, in forward mode and in `linearize`.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
+def test_every_derivative_of_pytorch_agrees_with_finite_differences(rng):
+    import torch
+    from torch.func import grad, jvp, linearize
+
+    x, direction, other, weights = autodiff_case(rng)
+    x, direction, other = (torch.tensor(a) for a in (x, direction, other))
+
+    def loss(x):
+        return torch.sum(torch.sin(frn_tlu_op(x, **weights, epsilon=0.1)) * other)
+
+    def dot(found):
+        return float(torch.sum(found * direction))
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+
+    slope = float(differences(loss, x, direction))
+    leaf = x.clone().requires_grad_()
+    (recomputed,) = torch.autograd.grad(checkpointed(leaf), leaf)
+    for found in (
+        dot(grad(loss)(x)),
+        jvp(loss, (x,), (direction,))[1],
+        linearize(loss, x)[1](direction),
+        dot(recomputed),
+    ):
+        np.testing.assert_allclose(float(found), slope, rtol=DIFFERENCE)
+    expected = differences(grad(loss), x, direction)
+    for found in (
+        jvp(grad(loss), (x,), (direction,))[1],  # forward over reverse
+        grad(lambda x: jvp(loss, (x,), (direction,))[1])(x),  # reverse over forward
+        grad(lambda x: torch.sum(grad(loss)(x) * direction))(x),  # reverse over reverse
+    ):
+        close(found, expected, DIFFERENCE)

@@ -1,18 +1,16 @@
 """What `model.export` cannot do by itself: quantized LiteRT files that keep the accuracy."""
 
-import bisect
-import contextlib
 import dataclasses
 import os
 import pathlib
 import warnings
 
 import keras
-import numpy as np
 
 from .. import graph
 from ..layers import FilterResponseNormalization
 from ..samples import Samples
+from .check import compared, doubts
 from .inference_form import InferenceCopy
 from .quantization import PRESETS, convert, import_quantizer
 from .runtime import LiteRT, import_litert
@@ -20,8 +18,6 @@ from .signature import specs_of
 
 # Fewer different samples than these do not show the range of each channel.
 _FEW = 16
-# How far models in half precision may be from a float32 file: the roundings are theirs.
-_HALF_BOUND = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +129,9 @@ def export_tflite(
             Defaults to False.
         verbose: Whether to print each step. Defaults to False.
         input_signature: A list of a `keras.InputSpec` or `tf.TensorSpec` for each input, with the
-            batch, as `model.export` takes it. Integer presets need one where sizes are unknown;
-            LiteRT.js and recurrent layers need a fixed batch. Defaults to None: the model's sizes.
+            batch, as `model.export` takes it. LiteRT.js and recurrent layers need a fixed batch.
+            Defaults to None: the model's sizes, and for integer presets those of the calibration
+            data where the model's are unknown.
 
     Returns:
         An `ExportReport`.
@@ -170,9 +167,12 @@ def export_tflite(
     specs = specs_of(model, input_signature)
     inputs = keras.tree.flatten(specs)
     samples = Samples(model, calibration_data, inputs, _FEW if preset.is_calibrated else 1)
-    if preset.is_calibrated:
-        _check_sizes(inputs, quantization, samples)
     notes, equalized, not_equalized = [], (), {}
+    if preset.is_calibrated and any(None in spec.shape[1:] for spec in inputs):
+        specs = _with_sizes(specs, samples, quantization)
+        inputs = keras.tree.flatten(specs)
+        sizes = ", ".join(str(spec.shape[1:]) for spec in inputs)
+        notes.append(f"takes the size of the calibration data only, {sizes}.")
     if preset.is_calibrated and copy is None:
         norms = [x for x in graph.layers(model) if isinstance(x, FilterResponseNormalization)]
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
@@ -205,7 +205,7 @@ def export_tflite(
     show("verifying in LiteRT")
     try:
         runtime = LiteRT(content, [spec.name for spec in inputs])
-        found = _compared(model, runtime, specs, samples)
+        found = compared(model, runtime, specs, samples)
         if found["max_error"] is None:
             runtime.allocate()
     except RuntimeError as error:
@@ -213,8 +213,8 @@ def export_tflite(
             f"`model` must become a file that LiteRT runs. Received: {model.name}, which with "
             f"quantization={quantization!r} gives: {error}. Try another preset."
         ) from error
-    doubts = _doubts(model, specs, samples, quantization, found.pop("share"))
-    for text in doubts:
+    about_outputs = doubts(model, specs, samples, quantization, found.pop("share"))
+    for text in about_outputs:
         warnings.warn(text, stacklevel=2)
     report = ExportReport(
         path=path,
@@ -228,7 +228,7 @@ def export_tflite(
         **found,
         equalized=equalized,
         not_equalized=not_equalized,
-        warnings=(*notes, *more_notes, *samples.warnings, *doubts),
+        warnings=(*notes, *more_notes, *samples.warnings, *about_outputs),
     )
     _write(path, content)
     return report
@@ -295,125 +295,27 @@ def _copied(model):
     return None
 
 
-def _check_sizes(inputs, quantization, samples):
-    """Integer files have one size throughout; another at run time is wrong without an error."""
-    if any(None in spec.shape[1:] for spec in inputs):
-        seen = [(1, *array.shape[1:]) for array in next(iter(samples))]
-        advice = ", ".join(f"keras.InputSpec(shape={shape})" for shape in seen)
-        raise ValueError(
-            "`input_signature` must give the sizes of the inputs with "
-            f"quantization={quantization!r}. Received: {[spec.shape for spec in inputs]}. Pass "
-            f"input_signature=[{advice}], or use 'dynamic', which takes any size."
-        )
+def _with_sizes(specs, samples, quantization):
+    """The specs with the sizes of the samples where they are unknown.
 
-
-def _batches(model, specs, samples):
-    """The inputs to compare on: the samples, or random ones that the model runs on."""
-    if samples.count:
-        return samples
-    rng, arrays = np.random.default_rng(0), []
-    with contextlib.suppress(Exception):  # not every model takes 32 for each unknown size
-        for spec in keras.tree.flatten(specs):
-            shape = (spec.shape[0] or 2, *(size or 32 for size in spec.shape[1:]))
-            is_float = spec.dtype == "float32"
-            values = rng.normal(size=shape) if is_float else rng.integers(0, 2, shape)
-            arrays.append(values.astype(spec.dtype))
-        _outputs(model, specs, arrays)
-        return [arrays]
-    return []
-
-
-def _outputs(model, specs, arrays):
-    outputs = model(*keras.tree.pack_sequence_as(specs, arrays), training=False)
-    return [np.asarray(output, "float32") for output in keras.tree.flatten(outputs)]
-
-
-def _compared(model, function, specs, samples):
-    """What the report says of the outputs of a file or another function, and `share`, their largest
-    difference from the model's as a share of the range of an output and zero.
+    A static runtime would read an integer file of unknown sizes as one position, without an error.
     """
-    errors, lows, highs = {}, {}, {}
-    same = positions = 0
-    for batch in _batches(model, specs, samples):
-        for i, (actual, expected) in enumerate(
-            zip(function(*batch), _outputs(model, specs, batch))
-        ):
-            with np.errstate(invalid="ignore"):
-                error = np.nan_to_num(np.abs(actual - expected), nan=np.inf)
-            error[(actual == expected) | np.isnan(actual) & np.isnan(expected)] = 0
-            finite = expected[np.isfinite(expected)]
-            errors[i] = max(errors.get(i, 0.0), float(error.max(initial=0)))
-            lows[i] = min(lows.get(i, 0.0), float(finite.min(initial=0)))
-            highs[i] = max(highs.get(i, 0.0), float(finite.max(initial=0)))
-            if expected.ndim > 1 and expected.shape[-1] > 1:
-                equal = actual.argmax(-1) == expected.argmax(-1)
-                same, positions = same + int(equal.sum()), positions + equal.size
-    ranges = {i: highs[i] - lows[i] or np.finfo("f4").tiny for i in errors}
-    return {
-        "max_error": max(errors.values(), default=None),
-        "agreement": same / positions if positions else None,
-        "share": max((errors[i] / ranges[i] for i in errors), default=0.0),
-    }
-
-
-def _doubts(model, specs, samples, quantization, share):
-    """Warnings about outputs beyond the preset's bound. A float32 file of them is refused."""
-    dtypes = {layer.compute_dtype for layer in (model, *graph.layers(model))}
-    is_half = bool(dtypes & {"float16", "bfloat16"})
-    bound = max(PRESETS[quantization].bound, _HALF_BOUND if is_half else 0)
-    if share <= bound:
-        return []
-    text = (
-        f"the outputs differ from the model's by up to {share:.2g} of their range, where "
-        f"{quantization or 'float32'} should stay within {bound:g}."
-    )
-    if quantization is not None or is_half:
-        return [text]
-    if share < 10 * _share_of_roundings(model, specs, samples):
-        return [
-            f"{text} The model amplifies roundings: changed in the sixth digit, its weights give "
-            "such differences in any runtime. A normalization of one position should learn epsilon."
-        ]
-    name = _first_wrong(model, specs, samples, bound)
-    raise ValueError(
-        f"`model` must become a file that computes the same. Received: {model.name}; {text} "
-        + (f"The first layer to differ is {name}. " if name else "")
-        + "Replace layers that LiteRT computes in another way."
-    )
-
-
-def _share_of_roundings(model, specs, samples):
-    """How far outputs move where weights and inputs change by a millionth."""
-    rng = np.random.default_rng(0)
-
-    def changed(array):
-        array = keras.ops.convert_to_numpy(array)
-        is_float = keras.backend.is_float_dtype(str(array.dtype))
-        return (
-            array * (1 + 1e-6 * rng.uniform(-1, 1, array.shape)).astype("f4") if is_float else array
+    inputs = keras.tree.flatten(specs)
+    seen = [set() for _ in inputs]
+    for batch in samples:
+        for sizes, array in zip(seen, batch):
+            sizes.add(array.shape[1:])
+    if any(len(sizes) > 1 for sizes in seen):
+        raise ValueError(
+            "`calibration_data` must have samples of one size with "
+            f"quantization={quantization!r}. Received: {[sorted(sizes) for sizes in seen]}. "
+            "Integer files have one size: resize the samples to it, or use 'dynamic', which takes any."
         )
-
-    weights = [(w, keras.ops.convert_to_tensor(changed(w), w.dtype)) for w in model.variables]
-
-    def function(*arrays):
-        with keras.StatelessScope(weights):
-            return _outputs(model, specs, [changed(array) for array in arrays])
-
-    return _compared(model, function, specs, samples)["share"]
-
-
-def _first_wrong(model, specs, samples, bound):
-    """The name of the first layer up to which a file is wrong, found by halving, or None."""
-
-    def is_wrong(layer):
-        part = keras.Model(graph.inputs_like(model, model.inputs), layer.output)
-        content, _ = convert(part, PRESETS[None], specs, samples, False)
-        runtime = LiteRT(content, [spec.name for spec in keras.tree.flatten(specs)])
-        return _compared(part, runtime, specs, samples)["share"] > bound
-
-    # A subclassed model has no outputs of layers, and not every layer is one in LiteRT.
-    with contextlib.suppress(Exception):
-        return model.layers[bisect.bisect_left(model.layers, True, key=is_wrong)].name
+    chosen = [
+        keras.InputSpec(shape=(x.shape[0], *sizes.pop()), dtype=x.dtype, name=x.name)
+        for x, sizes in zip(inputs, seen)
+    ]
+    return keras.tree.pack_sequence_as(specs, chosen)
 
 
 def _write(path, content):

@@ -279,6 +279,17 @@ class InferenceCopy:
                 layer.first_epsilon = np.maximum(_FIRST_EPSILON * largest, 2 * layer.epsilon)
                 largest = 1.0
             layer.floor = _RESOLVED * largest
+        for call in self._wiring.calls:
+            if _is_relu6(call.layer) and not self._fuses(call.inputs[0]):
+                # As an operator of its own, TensorFlow Lite Micro computes it in the scale of its
+                # input, without an error.
+                call.layer.call = lambda x: 6.0 - ops.relu(6.0 - ops.relu(x))
+
+    def _fuses(self, tensor):
+        """Whether the operator that gives a tensor takes in an activation that follows."""
+        maker, products = self._wiring.maker(tensor), (*_BIASED, *_SEPARABLE, *_DEPTHWISE)
+        is_alone = len(self._wiring.readers(tensor)) == 1
+        return is_alone and maker is not None and isinstance(maker.layer, (*products, layers.Add))
 
     def _recorded(self, batches):
         """Dict from each normalization to the mean squares of its inputs."""
@@ -353,6 +364,12 @@ def _commutes(layer):
     if isinstance(layer, layers.Activation):
         return layer.activation in _HOMOGENEOUS
     return isinstance(layer, _COMMUTING) and _is_channels_last(layer)
+
+
+def _is_relu6(layer):
+    if isinstance(layer, layers.ReLU):
+        return layer.max_value == 6 and not layer.negative_slope and not layer.threshold
+    return isinstance(layer, layers.Activation) and layer.activation is keras.activations.relu6
 
 
 def _is_scalable(layer):

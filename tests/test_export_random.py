@@ -1,0 +1,26 @@
+"""The first models of `benchmarks/export_fuzz.py`, which has the study of 200."""
+
+from pathlib import Path
+
+import keras
+import pytest
+
+pytest.importorskip("ai_edge_quantizer", reason="of the [export] extra")
+pytestmark = [
+    pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="LiteRT from TensorFlow"),
+    # Single positions occur here with every kind of epsilon.
+    pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions"),
+]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_no_file_is_wrong_without_a_word(seed, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import export_fuzz
+
+    preset = ("int8", None)[seed % 2]
+    row = export_fuzz.study(seed, [preset])
+    name = preset or "float32"
+    assert not row.get(f"{name} silent"), row
+    steps = row.get("micro steps", 0)
+    assert isinstance(steps, str) or steps <= export_fuzz.STEPS, row

@@ -1,0 +1,18 @@
+"""Exported files under load, from many threads; `benchmarks/serving.py` has 100,000 calls."""
+
+from pathlib import Path
+
+import pytest
+from backends import BACKEND
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
+def test_serving_from_many_threads(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import serving
+
+    for name, (difference, before, after) in serving.main(calls=3000, threads=8).items():
+        # Logits of about 1. The order of sums may depend on what a thread is given.
+        assert difference < 1e-6, name
+        # A kept copy of each input alone would be 40 MB.
+        assert after - before < 16, name
