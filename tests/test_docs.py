@@ -12,11 +12,12 @@ from backends import BACKEND, numpy
 from markdown import ROOT, run_code
 from reference import close
 
-# test_export_tflite.py runs export.md, and looks at the files.
+# test_export_tflite.py runs export.md, and test_guides.py the pages of whole programs.
+OTHERS = ("export.md", "devices.md", "per-example-gradients.md")
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-    if "```python" in path.read_text() and path.name != "export.md"
+    if "```python" in path.read_text() and path.name not in OTHERS
 )
 ADDONS = ROOT / "tests" / "addons_models" / "frn_tlu"
 
