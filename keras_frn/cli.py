@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 from . import __version__
+from .export.quantization import PRESETS
 
 _MODEL, _NEW = "a .keras or .h5 file", "{} file to write"
 # How the command line names what the functions' errors name in Python.
@@ -16,6 +17,7 @@ _WORDS = {
     r"`epsilon_ratio`": "`--epsilon-ratio`",
     r"\btau='(\w+)'": r"--tau \1",
     r"\binteger_io=True": "--integer-io",
+    r"`input_signature`": "`--input-shape`",
     r"\bquantization='(\w+)'": r"--quantization \1",
 }
 
@@ -60,10 +62,12 @@ def _parser():
 
     help = "write a LiteRT file and compare it with the model"
     export = add(_export, "export", help, model=_MODEL, output=_NEW.format(".tflite"))
-    presets = ["float16", "dynamic", "int8", "int8_float_statistics", "int16x8"]
+    presets = [name for name in PRESETS if name]
     export.add_argument("--quantization", choices=presets, help="default: float32")
     export.add_argument("--calibration", metavar="NPY", help="inputs like those at inference")
     export.add_argument("--integer-io", action="store_true", help="integer inputs and outputs")
+    help = "a fixed size, such as 1,32,32,3, with the batch; once for each input"
+    export.add_argument("--input-shape", type=_shape, action="append", metavar="N,...", help=help)
 
     help = "turn a trained BatchNormalization model into an FRN model"
     convert = add(_convert, "convert", help, model=_MODEL, output=_NEW.format(".keras"))
@@ -88,6 +92,10 @@ def _parser():
     )
     migrate.add_argument("--check", metavar="NPY", help="print the outputs for these inputs")
     return parser
+
+
+def _shape(text):
+    return tuple(None if size in ("", "None") else int(size) for size in text.split(","))
 
 
 def _demo(arguments):
@@ -136,8 +144,12 @@ def _print_layers(model):
 
 
 def _export(arguments):
+    import keras
+
     from .export import export_tflite
 
+    shapes = arguments.input_shape
+    signature = shapes and [keras.InputSpec(shape=shape) for shape in shapes]
     output = _target(arguments.output, ".tflite", arguments.overwrite)
     report = export_tflite(
         _load(arguments.model),
@@ -146,6 +158,7 @@ def _export(arguments):
         calibration_data=_array(arguments.calibration),
         integer_io=arguments.integer_io,
         verbose=True,
+        input_signature=signature,
     )
     print(report)
 

@@ -66,6 +66,14 @@ def test_export(files, capsys):
     assert target.stat().st_size > 1000
     assert "int8" in capsys.readouterr().out
     target.unlink()
+    assert run("export", files / "frn.keras", target, "--input-shape", "1,8,8,3") == 0
+    from keras_frn.export.runtime import LiteRT
+
+    (details,) = LiteRT(target).interpreter.get_input_details()
+    assert details["shape_signature"].tolist() == [1, 8, 8, 3]
+    target.unlink()
+    assert run("export", files / "frn.keras", target, "--input-shape", "1,9,8,3") == 2
+    assert "`--input-shape` must" in capsys.readouterr().err
     assert run("export", files / "frn.keras", target, "--quantization", "int8") == 2
     assert "`--calibration`" in capsys.readouterr().err
     assert not target.exists()
