@@ -1,6 +1,6 @@
 """Title: Sampling the posterior of ResNet-20-FRN with HMC
 Description: Accuracy and calibration of samples by blackjax against one trained network.
-Accelerator: none, minutes on two CPU cores
+Accelerator: none
 
 ## Introduction
 

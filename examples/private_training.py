@@ -1,6 +1,6 @@
 """Title: Differentially private training of a network with FRN
 Description: DP-SGD with jax-privacy: accuracy and epsilon, beside GroupNormalization.
-Accelerator: none, minutes on two CPU cores
+Accelerator: none
 
 ## Introduction
 

@@ -38,7 +38,7 @@ def microcontroller():
 def private_training():
     pytest.importorskip("jax_privacy", reason="of the [examples] extra")
     epsilon, accuracies = run(
-        "private_training.py", data="digits", steps=6, batch=64, width=8, noise=1.0
+        "private_training.py", data="digits", steps=3, batch=64, width=8, noise=1.0
     )
     # The moments bound of Abadi et al., sqrt(2 steps ln(1 / delta)) q / noise, is 0.5; the tight
     # accountant stays in its neighbourhood.
