@@ -1,5 +1,6 @@
 """The code in README and in the guides runs, in a folder with the files that a page begins with."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,11 +10,13 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND, numpy
-from markdown import ROOT, run_code
+from markdown import ROOT, programs, run_code
 from reference import close
 
-# test_export_tflite.py runs export.md, and test_guides.py the pages of whole programs.
-OTHERS = ("export.md", "devices.md", "per-example-gradients.md")
+# Their blocks are whole programs, each of which names its backend.
+OF_PROGRAMS = ("devices.md", "per-example-gradients.md")
+# test_export_tflite.py runs export.md.
+OTHERS = ("export.md", *OF_PROGRAMS)
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -74,6 +77,30 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {}
     run_code(page, names)
     AFTER.get(page, lambda names: None)(names)
+
+
+PROGRAMS = [
+    pytest.param(block, id=f"{page} {number}")
+    for page in OF_PROGRAMS
+    for number, (backend, block) in enumerate(programs(f"docs/{page}"), 1)
+    if backend == BACKEND
+]
+
+
+@pytest.mark.parametrize("block", PROGRAMS)
+def test_programs_in_guides(block, tmp_path):
+    (tmp_path / "program.py").write_text(block)
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0
+    assert result.stdout, "each program prints what it found"
 
 
 def test_the_script_draws_every_picture(tmp_path):
