@@ -5,8 +5,9 @@ Accelerator: none, two minutes on two CPU cores
 ## Introduction
 
 Large images, volumes and small devices leave room for few samples in a batch. BatchNormalization
-then takes its mean and deviation from two or three samples, and both are mostly noise. FRN does not
-look at the batch. It divides each channel of each image by its own root mean square.
+then takes its mean and deviation from two or three samples, so that what it gives for an image in
+training depends on the one beside it. FRN does not look at the batch. It divides each channel of
+each image by its own root mean square.
 
 FRN does not subtract a mean. Filters whose weights add up to zero do most of that for it, as what
 all their inputs have in common does not pass. `keras_frn.constraints.ZeroMean` keeps them so, and
