@@ -38,7 +38,7 @@ def difference(ours, theirs):
 def verdict(ours, theirs, name):
     mean, half = difference(ours, theirs)
     if not abs(mean) > half:
-        return f"no difference shown to {name} ({mean:+.1f} ± {half:.1f})"
+        return f"shows no difference from {name} ({mean:+.1f} ± {half:.1f})"
     return f"{'ahead of' if mean > 0 else 'LOSES to'} {name} by {abs(mean):.1f} ± {half:.1f}"
 
 

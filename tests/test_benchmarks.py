@@ -84,7 +84,7 @@ def test_the_summary_says_who_wins(capsys, monkeypatch):
     report = __import__("report")
     ours, close, better = {0: 80.0, 1: 81.0, 2: 82.0}, {0: 79.0, 1: 82.0, 2: 82.5}, {}
     better = {seed: value + 1 + 0.1 * seed for seed, value in ours.items()}
-    assert report.verdict(ours, close, "x").startswith("no difference shown to x (-0.2 ± ")
+    assert report.verdict(ours, close, "x").startswith("shows no difference from x (-0.2 ± ")
     # The differences are -1, -1.1 and -1.2: mean 1.1, half interval 4.303 * 0.1 / sqrt(3) = 0.25.
     assert report.verdict(ours, better, "x") == "LOSES to x by 1.1 ± 0.2"
     assert report.verdict(better, ours, "x") == "ahead of x by 1.1 ± 0.2"
