@@ -17,7 +17,6 @@ def run(name, **options):
 
 # jax-privacy 2.0.0 calls optax by a name that is going away.
 @pytest.mark.filterwarnings("ignore:optax:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*global_norm:DeprecationWarning")
 def test_private_training():
     pytest.importorskip("jax_privacy", reason="of the [examples] extra")
     epsilon, accuracies = run(
