@@ -1,7 +1,11 @@
 """Tables, words and plots of the studies of training."""
 
+import pathlib
+
 import numpy as np
 from training import interval
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 # Top-1 of ResNetV2-50 on ImageNet by images per GPU, read by eye off the paper's figure 1.
 PAPER = {
@@ -22,6 +26,13 @@ COLORS = {
     "ReLU alone": "0.5",
 }
 KINDS = {False: "plain filters", True: "filters of zero mean"}
+
+
+def picture(path):
+    """The plot of a table: beside it, but for the results that the guides show."""
+    is_shown = path.parent.resolve() == (ROOT / "benchmarks" / "results").resolve()
+    folder = ROOT / "docs" / "images" if is_shown else path.parent
+    return folder / f"{path.stem}.png"
 
 
 def by_seed(rows, measure, **where):

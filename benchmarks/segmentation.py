@@ -27,7 +27,7 @@ import keras
 import numpy as np
 from jax import numpy as jnp
 from keras import layers
-from report import cells, in_words, plot_bars
+from report import cells, in_words, picture, plot_bars
 from small_batch import batch_norm, frn_tlu
 from training import (
     append,
@@ -204,7 +204,7 @@ def main():
     print("\nDice in %, mean ± 95 % interval:")
     cells(rows, "dice", NORMALIZATIONS, [("Dice", {})])
     in_words(rows, "dice", NORMALIZATIONS, {})
-    plot_bars(rows, NORMALIZATIONS, path.with_suffix(".png"))
+    plot_bars(rows, NORMALIZATIONS, picture(path))
 
 
 if __name__ == "__main__":

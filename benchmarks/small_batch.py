@@ -36,7 +36,7 @@ import keras
 import numpy as np
 from jax import numpy as jnp
 from keras import layers
-from report import ablation_table, cells, in_words, plot_batches
+from report import ablation_table, cells, in_words, picture, plot_batches
 from training import (
     append,
     batch_statistics,
@@ -389,7 +389,7 @@ def report(path, images):
         in_words(study, "accuracy", NORMALIZATIONS, {"batch": batch})
     print("\nFRN + TLU at batch 2; the change against filters of zero mean alone:")
     ablation_table(rows, "accuracy", ABLATION)
-    plot_batches(study, NORMALIZATIONS, path.with_suffix(".png"))
+    plot_batches(study, NORMALIZATIONS, picture(path))
 
 
 if __name__ == "__main__":
