@@ -443,6 +443,8 @@ def test_a_subclassed_model_is_refused_with_a_way_out(rng):
     assert any(isinstance(x, FilterResponseNormalization) for x in converted.layers)
 
 
+# What is not finite in a layer is unlike what the model was made for, too.
+@pytest.mark.filterwarnings("ignore:`calibration_data` is from")
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
