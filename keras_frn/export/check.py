@@ -72,8 +72,8 @@ def doubts(model, specs, samples, quantization, share):
     if share <= (bound if quantization is None else 0.75 * bound):
         return []
     text = (
-        f"the outputs differ from the model's by up to {share:.2g} of their range, where "
-        f"{quantization or 'float32'} should stay within {bound:g}."
+        f"the outputs differ from the model's by up to {share:.2g} of their range, and "
+        f"{quantization or 'float32'} should stay within {bound:g} on any sample."
     )
     if quantization is not None or is_half:
         return [text]
