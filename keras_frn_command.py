@@ -21,7 +21,7 @@ def main():
 
         return cli.main()
     except KeyboardInterrupt:
-        print("\nkeras-frn: interrupted, nothing was written", file=sys.stderr)
+        print("\nkeras-frn: interrupted", file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # past threads that still work, and their messages
 

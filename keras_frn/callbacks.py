@@ -54,8 +54,8 @@ class EpsilonScheduler(keras.callbacks.Callback):
 
     Raises:
         ValueError: if an argument is not in its range. When training starts, if the model has no
-            layer with a learned epsilon and more than one position, or if its epsilon is not that
-            of the optimizer's count.
+            layer with a learned epsilon and more than one position; at the first batch, if its
+            epsilon is no longer that of the optimizer's count, as after `compile`.
 
     Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
 
@@ -125,7 +125,7 @@ class EpsilonScheduler(keras.callbacks.Callback):
             with np.errstate(all="ignore"):
                 share = float(np.median(mean_square / known))
             # The step of an optimizer is smaller, and what `compile` forgets is larger.
-            if abs(share - 1) > 0.1:
+            if not abs(share - 1) <= 0.1:  # NaN, too
                 raise ValueError(
                     "`model` must have the epsilon that belongs to its optimizer's count. Received:"
                     f" layer {layer.name!r} with epsilon / mean square = "
@@ -165,8 +165,9 @@ class FRNMonitor(keras.callbacks.Callback):
             `epsilon_ratio`, as `frn/at_tau`. Defaults to False, as Keras' progress bar prints all
             logs.
 
-    The values are in `records`, a list of dicts with the keys `epoch`, `layer` and those above, and
-    in Keras' logs: `CSVLogger` and other callbacks after this one in the list see them.
+    Positions that are masked count. The values are in `records`, a list of dicts with the keys
+    `epoch`, `layer` and those above, and in Keras' logs: `CSVLogger` and other callbacks after this
+    one in the list see them.
 
     Raises:
         ValueError: when training starts, if the model has no FRN or TLU layer, or the data do not
@@ -222,17 +223,19 @@ def health(model, samples):
     """A dict for each FRN and TLU layer that runs: its name, and the values of `FRNMonitor`."""
     mean_squares, shares = collections.defaultdict(list), collections.defaultdict(list)
 
-    def mean(values, axes):
-        return ops.convert_to_numpy(ops.mean(ops.cast(values, "float32"), axes))
+    def means(values, axes):
+        """The mean of each sample."""
+        values = ops.cast(values, "float32")
+        return ops.convert_to_numpy(ops.mean(values, axes) if axes else values)
 
     def watch(layer, x, z, _):
         kept = {axis % len(x.shape) for axis in np.ravel(layer.axis).tolist()}
-        axes = [axis for axis in range(len(x.shape)) if axis not in kept]
+        axes = [axis for axis in range(1, len(x.shape)) if axis not in kept]
         x = ops.cast(x, "float32")
-        mean_squares[layer].append(mean(x * x, axes))
+        mean_squares[layer].extend(means(x * x, axes))
         if getattr(layer, "tau", None) is not None and layer.alpha is None:
-            tau = ops.cast(ops.expand_dims(layer.tau, axes), z.dtype)
-            shares[layer].append(mean(z <= tau, axes))
+            tau = ops.cast(ops.expand_dims(layer.tau, [0, *axes]), z.dtype)
+            shares[layer].extend(means(z <= tau, axes))
 
     layers = frn_layers(model)
     with graph.watched(layers, watch):

@@ -29,6 +29,8 @@ def main(argv=None):
         arguments.run(arguments)
     except (ValueError, ImportError, OSError) as error:
         message = str(error)
+        if arguments.run is _inspect:
+            message = message.replace("`calibration_data`", "`--data`")
         for pattern, word in _WORDS.items():
             message = re.sub(pattern, word, message)
         print(f"keras-frn: {message}", file=sys.stderr)
@@ -105,7 +107,7 @@ def _demo(arguments):
 
 
 def _inspect(arguments):
-    plot = arguments.plot and _target(arguments.plot, ".png", overwrite=True)
+    plot = arguments.plot and _target(arguments.plot, ".png", True, "--plot")
     model, data = _load(arguments.model), _array(arguments.data)
     _print_layers(model)
     if data is None:
@@ -207,7 +209,7 @@ def _write(model, output):
     print(f"wrote {output}, {output.stat().st_size:,} bytes")
 
 
-def _target(path, suffix, overwrite):
+def _target(path, suffix, overwrite, name="output"):
     """The path of a file to write, before the work begins."""
     path = Path(path)
     if path.suffix != suffix:
@@ -218,23 +220,32 @@ def _target(path, suffix, overwrite):
         problem, remedy = "must be a new file", "Choose another name, or pass --overwrite"
     else:
         return path
-    raise ValueError(f"`output` {problem}. Received: {path}. {remedy}.")
+    raise ValueError(f"`{name}` {problem}. Received: {path}. {remedy}.")
 
 
 def _load(path):
     import keras
 
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"`model` must be a file. Received: {path}, which does not exist.")
-    if path.suffix not in (".keras", ".h5") or (
-        path.suffix == ".keras" and not zipfile.is_zipfile(path)
+    if (
+        path.is_dir()
+        or path.suffix not in (".keras", ".h5")
+        or (path.suffix == ".keras" and not zipfile.is_zipfile(path))
     ):
         raise ValueError(
             f"`model` must be a .keras or .h5 file. Received: {path}, which is none. Write it with "
             "`model.save`; files of TensorFlow Addons go through `keras-frn migrate`."
         )
-    return keras.models.load_model(path, compile=False)
+    try:
+        return keras.models.load_model(path, compile=False)
+    except TypeError as error:
+        raise ValueError(
+            f"`model` must have layers of Keras and of this package. Received: {path}: {error} "
+            "Open it in a program that registers its classes; files of TensorFlow Addons go "
+            "through `keras-frn migrate`."
+        ) from error
 
 
 def _array(path):

@@ -25,7 +25,7 @@ def mean_square(x, axes):
 
 
 def maximum(y, tau):
-    """The larger of `y` and `tau`, which has y's rank. A NaN in either shows. Where the two are
+    """The larger of `y` and `tau`, which has y's rank. A NaN in either gives NaN. Where the two are
     equal the gradient is tau's, as the gradient of a ReLU is 0 at 0."""
     backend = keras.backend.backend()
     if backend == "tensorflow" and not keras.backend.is_keras_tensor(y):
@@ -76,7 +76,7 @@ def _tensorflow_mean(x, axes):
     count, channels = _count(x, axes), x.shape[-1]
     is_channels_last = axes == tuple(range(1, len(x.shape) - 1))
     is_short = count is None or count <= _LONGEST_SUM
-    if is_short or not is_channels_last or _has_accelerator():
+    if is_short or channels is None or not is_channels_last or _has_accelerator():
         return tf.reduce_mean(x, axes, keepdims=True)
     parts = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
     x = tf.reshape(x, (-1, parts, count // parts, channels))

@@ -44,7 +44,7 @@ def filter_response_normalization(x, gamma=None, beta=None, axis=-1, epsilon=1e-
 
     Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
     x, dtype = _in_statistics_dtype(x)
-    (axis,) = sorted_axes(axis, x.shape)
+    axis = _channel_axis(axis, x.shape)
     return cast(_normalized(x, gamma, beta, axis, epsilon, mask), dtype)
 
 
@@ -90,7 +90,7 @@ def filter_response_normalization_tlu(
     ```
 
     where y is `filter_response_normalization(x, gamma, beta, axis, epsilon, mask)`. Equal to the
-    two operations one after the other, with one rounding less in half precision.
+    two operations one after the other; in half precision it rounds once and not twice.
 
     Shape: as in `filter_response_normalization`.
 
@@ -112,7 +112,7 @@ def filter_response_normalization_tlu(
 
     Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
     x, dtype = _in_statistics_dtype(x)
-    (axis,) = sorted_axes(axis, x.shape)
+    axis = _channel_axis(axis, x.shape)
     y = _normalized(x, gamma, beta, axis, epsilon, mask)
     return cast(_thresholded(y, tau, alpha, (axis,)), dtype)
 
@@ -187,6 +187,15 @@ def sorted_axes(axis, shape):
             "channels-first."
         )
     return tuple(sorted(a % rank for a in axes))
+
+
+def _channel_axis(axis, shape):
+    if isinstance(axis, (list, tuple)):
+        raise ValueError(
+            f"`axis` must be one int, the channel axis. Received: axis={axis!r}. Use -1 for "
+            "channels-last data. (TensorFlow Addons' `axis=[1, 2]` named the spatial axes.)"
+        )
+    return sorted_axes(axis, shape)[0]
 
 
 def _aligned(name, parameter, x, axes):

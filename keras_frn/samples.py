@@ -85,7 +85,7 @@ class Samples:
                 "few do not show the range of each channel."
             )
         for text in self.warnings:
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=3)
 
     def __iter__(self):
         for part in self._parts:

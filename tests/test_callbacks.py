@@ -7,8 +7,9 @@ from backends import numpy
 from keras import layers
 
 from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
-from keras_frn.callbacks import EpsilonScheduler, FRNMonitor
+from keras_frn.callbacks import EpsilonScheduler, FRNMonitor, health
 from keras_frn.conversion import replace_batch_normalization
+from keras_frn.samples import Samples
 
 
 def _converted(rng, ratio=3.0):
@@ -244,6 +245,18 @@ def test_monitor_logs_the_network_and_draws(rng, tmp_path):
     pytest.importorskip("matplotlib", reason="of the [demo] extra")
     monitor.plot(tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 10_000
+
+
+def test_monitor_counts_each_sample_once(rng):
+    """Of 40 samples 32 are in one batch and 8 in the next."""
+    frn = FilterResponseNormalization(epsilon=1.0, name="frn")
+    model = keras.Sequential([keras.Input((4, 3)), frn])
+    x = rng.normal(size=(40, 4, 3)).astype("float32")
+    x[32:] *= 10
+    (row,) = health(model, Samples(model, x))
+    mean_square = np.mean(x.astype("float64") ** 2, (0, 1))
+    rtol = 1e-5  # sums in float32
+    assert row["epsilon_ratio"] == pytest.approx(np.median(1 / mean_square), rtol)
 
 
 def test_monitor_of_a_model_without_frn(rng):

@@ -179,7 +179,8 @@ def test_a_file_of_the_wrong_kind_says_so(files, capsys):
         assert run("convert", files / "bn.keras", files / "new.keras", *options) == 2
         assert message in capsys.readouterr().err
     (files / "text.keras").write_text("not a zip file")
-    for name in ("text.keras", "x.npz"):
+    (files / "folder.keras").mkdir()
+    for name in ("text.keras", "x.npz", "folder.keras"):
         assert run("inspect", files / name) == 2
         assert "`model` must be a .keras or .h5 file" in capsys.readouterr().err
 
@@ -200,6 +201,27 @@ def test_the_command_runs_as_a_module():
     assert result.returncode == 0
     for command in ("demo", "inspect", "export", "convert", "migrate"):
         assert command in result.stdout
+
+
+@keras.saving.register_keras_serializable(package="test_cli")
+class Own(keras.layers.Layer):
+    pass
+
+
+def test_a_class_that_is_not_registered_is_an_error_of_one_sentence(tmp_path, capsys):
+    keras.Sequential([keras.Input((3,)), Own()]).save(tmp_path / "own.keras")
+    keras.saving.get_custom_objects().pop("test_cli>Own")
+    assert run("inspect", tmp_path / "own.keras") == 2
+    assert "registers its classes" in capsys.readouterr().err
+
+
+def test_inspect_names_its_own_options(files, capsys):
+    np.save(files / "wrong.npy", np.zeros((3, 9, 9, 3), "float32"))
+    assert run("inspect", files / "frn.keras", "--data", files / "wrong.npy") == 2
+    assert "`--data` must have the shape" in capsys.readouterr().err
+    options = ("--data", files / "x.npy", "--plot", files / "layers.gif")
+    assert run("inspect", files / "frn.keras", *options) == 2
+    assert "`--plot` must end in .png" in capsys.readouterr().err
 
 
 def test_version(capsys):
@@ -246,6 +268,6 @@ def test_control_c(tmp_path, command):
     started = time.monotonic()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.decode().strip() == "keras-frn: interrupted, nothing was written"
+    assert errors.decode().strip() == "keras-frn: interrupted"
     assert time.monotonic() - started < 15  # five seconds at most, and a busy machine
     assert list(tmp_path.iterdir()) == []

@@ -36,6 +36,7 @@ def _addons_files():
     shutil.copy(ADDONS / "model.h5", "old.h5")
     shutil.copy(ADDONS / "model.h5", "weights.h5")
     np.save("inputs.npy", np.load(ADDONS / "io.npz")["x"])
+    shutil.copy(ADDONS / "io.npz", "io.npz")
 
 
 def _is_converted(names):

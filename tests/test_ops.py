@@ -480,6 +480,10 @@ def test_symbolic_tensors(alpha):
             r"different axes.*\(1, -2\)",
         ),
         (
+            lambda: frn(np.zeros((2, 3, 3, 4), "float32"), axis=[1, 2]),
+            r"`axis` must be one int, the channel axis\. Received: axis=\[1, 2\]",
+        ),
+        (
             lambda: tlu(np.zeros((2, 3, 4), "float32"), np.zeros(4), axis=(1, 2)),
             r"tau.shape=\(4,\)",
         ),

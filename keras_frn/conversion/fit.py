@@ -57,7 +57,8 @@ def fit(model, converted, replaced, ratios, samples, verbose):
     than a scale, and every later layer would see too small a signal.
 
     `replaced` maps each layer of `converted` to its BatchNormalization layer in `model`, and
-    `ratios` the latter to epsilon / mean square. Returns the ratios that were measured, by channel.
+    `ratios` each BatchNormalization layer to its epsilon / mean square. Returns the ratios that
+    were measured, by channel.
     """
     moments = _recorded(model, replaced.values(), samples)
     targets = {bn: _Target.of(bn, moments[bn]) for bn in moments}

@@ -70,7 +70,9 @@ class ExportReport:
                 f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()
             )
             seen = f"{self.samples} samples, {', '.join(ranges)}"
-        if self.max_error is not None:
+        if self.max_error is None:
+            seen = "nothing: the model does not run on random inputs. Pass `calibration_data`"
+        else:
             seen += f": max error {self.max_error:.3g}"
         if self.agreement is not None:
             seen += f", same argmax {self.agreement:.2%}"
@@ -139,8 +141,8 @@ def export_tflite(
     Raises:
         ValueError: if an argument is not one of those above, if the data do not fit the model, if
             the model has an operator that LiteRT does not have with this preset, if a float32 file
-            computes something else than the model, or if the backend is not TensorFlow. A file that
-            was there before stays as it was.
+            computes something else than a float32 model, or if the backend is not TensorFlow. A
+            file that was there before stays as it was.
         ImportError: if LiteRT, or for the 8-bit presets ai-edge-quantizer, is not installed.
 
     Example:
