@@ -1,11 +1,8 @@
 """Tables, words and plots of the studies of training."""
 
-import pathlib
-
 import numpy as np
+from common import RESULTS
 from training import interval
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 # Top-1 of ResNetV2-50 on ImageNet by images per GPU, read by eye off the paper's figure 1.
 PAPER = {
@@ -30,8 +27,8 @@ KINDS = {False: "plain filters", True: "filters of zero mean"}
 
 def picture(path):
     """The plot of a table: beside it, but for the results that the guides show."""
-    is_shown = path.parent.resolve() == (ROOT / "benchmarks" / "results").resolve()
-    folder = ROOT / "docs" / "images" if is_shown else path.parent
+    is_shown = path.parent.resolve() == RESULTS.resolve()
+    folder = RESULTS.parents[1] / "docs" / "images" if is_shown else path.parent
     return folder / f"{path.stem}.png"
 
 

@@ -25,6 +25,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import jax
 import keras
 import numpy as np
+from common import BN, RESULTS
 from jax import numpy as jnp
 from keras import layers
 from report import cells, in_words, picture, plot_bars
@@ -41,15 +42,13 @@ from training import (
 
 import keras_frn
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 RATES, BEYOND = (0.01, 0.03, 0.1), 0.3
 NORMALIZATIONS = {
     "FRN + TLU": frn_tlu,
-    "BatchNormalization + ReLU": functools.partial(batch_norm, 0.99),
+    BN: functools.partial(batch_norm, 0.99),
     "GroupNormalization + ReLU": lambda: [layers.GroupNormalization(4), layers.ReLU()],
     "ReLU alone": lambda: [layers.ReLU()],
 }
-BN = "BatchNormalization + ReLU"
 
 
 def volumes(count, seed, size=16):

@@ -34,6 +34,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import jax
 import keras
 import numpy as np
+from common import BN, RESULTS
 from jax import numpy as jnp
 from keras import layers
 from report import ablation_table, cells, in_words, picture, plot_batches
@@ -52,7 +53,6 @@ import keras_frn
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
 from build import FASHION_MNIST, fashion_mnist
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 BATCHES = (2, 32, 8, 4, 128)
 RATES, BEYOND = (0.03, 0.1, 0.3), 1.0
 VALIDATION = 2000
@@ -90,7 +90,7 @@ NORMALIZATIONS = {
     "LayerNormalization + ReLU": layer_norm,
     "GroupNormalization + TLU": group_norm_tlu,
 }
-BN, GN, FRN = "BatchNormalization + ReLU", "GroupNormalization + ReLU", "FRN + TLU"
+GN, FRN = "GroupNormalization + ReLU", "FRN + TLU"
 
 
 def tau(start):

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from . import graph
-from .layers import TLU, FilterResponseNormalization
+from .layers import TLU, FilterResponseNormalization, epsilon_of
 from .samples import Samples
 
 
@@ -249,10 +249,7 @@ def health(model, samples):
             row |= {"at_tau": float(share.mean()), "dead": float((share == 1).mean())}
         if isinstance(layer, FilterResponseNormalization) and mean_squares[layer]:
             nu2 = np.maximum(np.mean(mean_squares[layer], axis=0), np.finfo("float32").tiny)
-            epsilon = np.array(layer.epsilon)
-            if layer.learned_epsilon is not None:
-                epsilon = epsilon + np.abs(ops.convert_to_numpy(layer.learned_epsilon))
-            row["epsilon_ratio"] = float(np.median(epsilon / nu2))
+            row["epsilon_ratio"] = float(np.median(epsilon_of(layer) / nu2))
             row["spread"] = float(nu2.max() / nu2.min())
         for weight in layer.weights:
             values = ops.convert_to_numpy(weight)

@@ -352,6 +352,14 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         return {**super().get_config(), **config}
 
 
+def epsilon_of(layer):
+    """All that an FRN layer adds to the mean square, an array in float64."""
+    epsilon = np.asarray(layer.epsilon, "float64")
+    if layer.learned_epsilon is None:
+        return epsilon
+    return epsilon + np.abs(ops.convert_to_numpy(layer.learned_epsilon))
+
+
 def _apply(layer, op, inputs, **arguments):
     """Calls an op on the inputs and the layer's weights, under the layer's settings."""
     if not layer.built:

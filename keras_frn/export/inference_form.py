@@ -13,7 +13,12 @@ from keras import layers, ops
 
 from .. import graph
 from .. import ops as frn_ops
-from ..layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from ..layers import (
+    TLU,
+    FilterResponseNormalization,
+    FilterResponseNormalizationTLU,
+    epsilon_of,
+)
 
 # Shares of the largest mean square of a layer: below the first, 8 bits leave fewer than 4 steps;
 # below the second, less than half a step.
@@ -105,9 +110,7 @@ class _Normalization(layers.Layer):
         self.supports_masking = True
         self.axis = source.axis
         self.rank = _rank(source)
-        self.epsilon = np.asarray(source.epsilon, "float64")
-        if source.learned_epsilon is not None:
-            self.epsilon = self.epsilon + np.abs(ops.convert_to_numpy(source.learned_epsilon))
+        self.epsilon = epsilon_of(source)
         for name in ("gamma", "beta", "tau", "alpha"):
             weight = getattr(source, name, None)
             value = None if weight is None else ops.convert_to_numpy(weight).astype("float32")
