@@ -284,7 +284,6 @@ def _copied(model):
                 "`model` must consist of layers that `get_config` describes. Received: "
                 f"{model.name}, of which a copy fails with: {error}"
             ) from error
-        copy.absorb_offsets()
         copy.pool_first()
         return copy
     dtypes = {weight.dtype for weight in model.weights}

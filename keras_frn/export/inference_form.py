@@ -70,19 +70,14 @@ _BIASED = (layers.Dense, *_of_ranks("123", "ConvND"))
 _SEPARABLE = _of_ranks("12", "SeparableConvND")
 _DEPTHWISE = _of_ranks("12", "DepthwiseConvND")
 _TRANSPOSED = _of_ranks("123", "ConvNDTranspose")
-# A number added to a channel goes through them unchanged.
-_SHIFTED = (
-    layers.Identity,
-    layers.Dropout,
-    _MaxPooling,
-    *_of_ranks("123", "CroppingND", "AveragePoolingND"),
-    *_of_ranks("123", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
-)
 # They map a scaled channel to their output, scaled alike.
 _COMMUTING = (
-    *_SHIFTED,
+    layers.Identity,
+    layers.Dropout,
     layers.LeakyReLU,
-    *_of_ranks("123", "SpatialDropoutND", "ZeroPaddingND", "UpSamplingND"),
+    _MaxPooling,
+    *_of_ranks("123", "CroppingND", "AveragePoolingND", "SpatialDropoutND", "ZeroPaddingND"),
+    *_of_ranks("123", "UpSamplingND", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
 )
 # f(k * x) = k * f(x) for k > 0.
 _HOMOGENEOUS = (keras.activations.linear, keras.activations.relu, keras.activations.leaky_relu)
@@ -182,48 +177,6 @@ class InferenceCopy:
         inside = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.normalizations = [layer for layer in inside if isinstance(layer, _Normalization)]
         self.equalized, self.not_equalized = [], {}
-
-    def absorb_offsets(self):
-        """Moves beta behind TLU, and there into the bias of the next layer, where that is exact.
-
-        `max(y + beta, tau) = max(y, tau - beta) + beta`: one operator less on the full tensor. It
-        is exact unless the next layer pads with zeros.
-        """
-        for layer in self.normalizations:
-            beta, calls = layer.beta, self._wiring.calls_of(layer)
-            is_plain = layer.alpha is None and layer.is_channels_last
-            if beta is None or not is_plain or len(calls) != 1:
-                continue
-            try:
-                absorbers = self._absorbers(calls[0].outputs[0])
-            except _NotPossibleError:
-                continue
-            layer.beta = None
-            if layer.tau is not None:
-                layer.tau = layer.tau - beta
-            for absorber in absorbers:
-                if isinstance(absorber, TLU):
-                    absorber.tau.assign(absorber.tau - beta)
-                    continue
-                *others, bias = absorber.get_weights()
-                kernel = others[0].astype("float64").reshape(-1, *others[0].shape[-2:])
-                absorber.set_weights([*others, bias + beta @ kernel.sum(0)])
-
-    def _absorbers(self, tensor):
-        """The TLU layers to shift and the layers whose bias takes what is added to a tensor."""
-        absorbers = []
-        for call in self._wiring.readers(tensor):
-            if call is None or len(call.inputs) != 1 or self._is_shared(call.layer):
-                raise _NotPossibleError
-            if _is_threshold(call.layer):
-                absorbers += [call.layer, *self._absorbers(call.outputs[0])]
-            elif isinstance(call.layer, _SHIFTED) and _is_channels_last(call.layer):
-                absorbers += self._absorbers(call.outputs[0])
-            elif _takes_offset(call.layer):
-                absorbers.append(call.layer)
-            else:
-                raise _NotPossibleError
-        return absorbers
 
     def pool_first(self):
         """Takes maxima before the scale where that is exact, as it leaves fewer positions to scale.
@@ -349,8 +302,6 @@ def _copy_layer(layer):
     if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
         return _Normalization(layer)
     config = _float32(layer.get_config())
-    if type(layer) in _BIASED:
-        config["use_bias"] = True  # which the kernels of the runtime have anyway
     copy = graph.copy_layer(layer, config, _RESHAPING.get(type(layer)))
     is_pooling = type(layer) in _MAX_POOLING and _is_channels_last(layer)
     return _MaxPooling(copy) if is_pooling else copy
@@ -394,17 +345,6 @@ def _is_threshold(layer):
         return False
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     return [axis % _rank(layer) for axis in axes] == [_rank(layer) - 1]
-
-
-def _takes_offset(layer):
-    """Whether a number added to an input channel is the same as one added to the bias."""
-    if type(layer) not in _BIASED or not _is_channels_last(layer) or not _has_plain_kernel(layer):
-        return False
-    if isinstance(layer, layers.Dense):
-        return True
-    # Zeros beside the input are not what was added.
-    padded = layer.padding != "valid" and any(size > 1 for size in layer.kernel_size)
-    return not padded and layer.groups == 1
 
 
 def _is_channels_last(layer):

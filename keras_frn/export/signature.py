@@ -16,33 +16,32 @@ def specs_of(model, input_signature):
     else:
         config = model.get_build_config()
         shapes = config["shapes_dict"].values() if "shapes_dict" in config else config.values()
-        nested = [_nested(shape, model.input_dtype) for shape in shapes]
+        nested = [_nested(shape) for shape in shapes]
         own = keras.tree.flatten(nested)
-    if input_signature is None:
-        return nested
-    given = keras.tree.flatten(input_signature)
+    given = own if input_signature is None else keras.tree.flatten(input_signature)
     if len(given) != len(own) or not all(map(_fits, given, own)):
         raise ValueError(
             "`input_signature` must have a `keras.InputSpec` that fits each of the model's inputs, "
             f"{[(spec.dtype, spec.shape) for spec in own]}. Received: "
             f"input_signature={input_signature}. Pass [keras.InputSpec(shape=...)], with the batch."
         )
-    chosen = [_spec(x.shape, spec.dtype, spec.name) for x, spec in zip(given, own)]
+    chosen = [_spec(x.shape, spec.dtype or x.dtype, spec.name) for x, spec in zip(given, own)]
     return keras.tree.pack_sequence_as(nested, chosen)
 
 
 def _spec(shape, dtype, name=None):
+    dtype = keras.backend.standardize_dtype(dtype or "float32")
     dtype = "float32" if keras.backend.is_float_dtype(dtype) else dtype
     return keras.InputSpec(shape=tuple(shape), dtype=dtype, name=name)
 
 
-def _nested(shapes, dtype):
-    """The specs of a structure of shapes, as a subclassed model has seen them."""
+def _nested(shapes):
+    """The specs of a structure of shapes, as a subclassed model has seen them, of any type."""
     if isinstance(shapes, dict):
-        return {name: _nested(shape, dtype) for name, shape in shapes.items()}
+        return {name: _nested(shape) for name, shape in shapes.items()}
     if shapes and not isinstance(shapes[0], (int, type(None))):
-        return [_nested(shape, dtype) for shape in shapes]
-    return _spec((None, *shapes[1:]), dtype)
+        return [_nested(shape) for shape in shapes]
+    return keras.InputSpec(shape=(None, *shapes[1:]))
 
 
 def _fits(given, own):
@@ -50,6 +49,5 @@ def _fits(given, own):
     if getattr(given, "shape", None) is None or len(given.shape) != len(own.shape):
         return False
     dtype = given.dtype and keras.backend.standardize_dtype(given.dtype)
-    return all(size in (None, x) for x, size in zip(given.shape, own.shape)) and (
-        dtype in (None, own.dtype)
-    )
+    is_type = None in (dtype, own.dtype) or dtype == own.dtype
+    return is_type and all(size in (None, x) for x, size in zip(given.shape, own.shape))
