@@ -163,8 +163,8 @@ VELA = {
     ("int8", True): 0,
     ("int8", False): 2,
     ("int16x8", True): 0,
-    ("int8_float_statistics", True): 12,
-    ("dynamic", False): 10,
+    ("int8_float_statistics", True): 13,
+    ("dynamic", False): 11,
 }
 on_tensorflow = pytest.mark.skipif(
     BACKEND != "tensorflow", reason="files of TensorFlow's converter"
