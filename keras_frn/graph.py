@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import keras
-import numpy as np
 
 
 def is_graph(layer):
@@ -199,12 +198,10 @@ def copy_layer(layer, config=None, layer_class=None):
 
 
 def copy_weights(layer, copy):
-    """Gives a copy its layer's weights. A bias that only the copy has becomes zero."""
+    """Gives a copy its layer's weights."""
     if not isinstance(layer, keras.Layer) or is_graph(layer):
         return
-    weights = layer.get_weights()
-    zeros = [np.zeros(w.shape, w.dtype) for w in copy.weights[len(weights) :]]
-    copy.set_weights(weights + zeros)
+    copy.set_weights(layer.get_weights())
     if hasattr(copy, "finalize_state"):
         copy.finalize_state()  # of a layer that was adapted to data
 
