@@ -279,10 +279,10 @@ def main():
         print(f"{time.time() - start:.0f} s", rows[-1], flush=True)
     for name in ("float32", "int8"):
         said = [row[f"{name} said"].partition(":")[0] for row in rows]
-        silent = sum(int(row[f"{name} silent"] or 0) for row in rows)
+        silent = sum(int(row.get(f"{name} silent") or 0) for row in rows)
         counts = {word: said.count(word) for word in ("warned", "refused")}
         print(f"{name}: {silent} silent, {counts}")
-    steps = [str(row["micro steps"]) for row in rows]
+    steps = [str(row.get("micro steps")) for row in rows]
     found = [int(x) for x in steps if x.isdigit()]
     print(
         f"TensorFlow Lite Micro: {len(found)} files, {sum(x > STEPS for x in found)} above {STEPS}"

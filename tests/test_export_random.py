@@ -23,5 +23,6 @@ def test_no_file_is_wrong_without_a_word(seed, monkeypatch):
     name = preset or "float32"
     assert not row.get(f"{name} silent"), row
     steps = row.get("micro steps", 0)
-    # Two runtimes round on their own: 5 steps were seen once, and 2 at most elsewhere.
+    # Two runtimes round on their own, and the network amplifies it. LiteRT's own two sets of
+    # kernels are 7 steps apart where 5 were seen, in seed 14; elsewhere it was 2 at most.
     assert isinstance(steps, str) or steps <= 6, row
