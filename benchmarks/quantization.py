@@ -225,7 +225,8 @@ def latency_table(folder, quick):
             for kind, model in models.items():
                 path = os.path.join(folder, f"{kind}.tflite")
                 report = keras_frn.export_tflite(model, path, quantization, data)
-                interpreter = LiteRT(path).interpreter  # without the cost of a call by names
+                # Not by a call of `LiteRT`, after which the interpreter refuses a plain `invoke`.
+                interpreter = LiteRT(path).interpreter
                 interpreter.allocate_tensors()
                 interpreter.set_tensor(interpreter.get_input_details()[0]["index"], data[:1])
                 runs[kind], sizes[kind] = interpreter, report.size

@@ -380,6 +380,10 @@ def main():
 def report(path, images):
     rows = [r for r in read(path) if r["images"] == str(images)]
     study = [r for r in rows if not r["variant"]]
+    # The figure is of the length that most runs have, whichever was asked for.
+    runs = [r for r in read(path) if not r["variant"]]
+    lengths = [r["images"] for r in runs]
+    usual = max(lengths, key=lengths.count, default=None)
     batches = sorted({int(r["batch"]) for r in study})
     print(f"\nTest accuracy in %, mean ± 95 % interval; {images} images seen. By batch size:")
     columns = [(batch, {"batch": batch}) for batch in batches]
@@ -389,7 +393,7 @@ def report(path, images):
         in_words(study, "accuracy", NORMALIZATIONS, {"batch": batch})
     print("\nFRN + TLU at batch 2; the change against filters of zero mean alone:")
     ablation_table(rows, "accuracy", ABLATION)
-    plot_batches(study, NORMALIZATIONS, picture(path))
+    plot_batches([r for r in runs if r["images"] == usual], NORMALIZATIONS, picture(path))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def _of_ranks(ranks, *names):
 
 _MAX_POOLING = _of_ranks("123", "MaxPoolingND")
 _RESHAPING = {layers.Flatten: _Flatten, layers.Reshape: _Reshape}
-_BIASED = (layers.Dense, *_of_ranks("123", "ConvND"))
+# A dense layer is a convolution of size 1.
+_CONVOLUTIONS = (layers.Dense, *_of_ranks("123", "ConvND"))
 _SEPARABLE = _of_ranks("12", "SeparableConvND")
 _DEPTHWISE = _of_ranks("12", "DepthwiseConvND")
 _TRANSPOSED = _of_ranks("123", "ConvNDTranspose")
@@ -243,7 +244,7 @@ class InferenceCopy:
 
     def _fuses(self, tensor):
         """Whether the operator that gives a tensor takes in an activation that follows."""
-        maker, products = self._wiring.maker(tensor), (*_BIASED, *_SEPARABLE, *_DEPTHWISE)
+        maker, products = self._wiring.maker(tensor), (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE)
         is_alone = len(self._wiring.readers(tensor)) == 1
         return is_alone and maker is not None and isinstance(maker.layer, (*products, layers.Add))
 
@@ -328,7 +329,7 @@ def _is_relu6(layer):
 
 def _is_scalable(layer):
     return (
-        isinstance(layer, (*_BIASED, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
+        isinstance(layer, (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
         and layer.activation in _HOMOGENEOUS
         and _is_channels_last(layer)
         and _has_plain_kernel(layer)
