@@ -5,10 +5,13 @@
 
 The model is exported with a fixed signature of one image, as LiteRT.js takes no unknown batch, and
 with the model's own unknown batch, to see what it says. Both runtimes use WebAssembly. Writes
-`benchmarks/results/browser.csv`.
+`benchmarks/results/browser.csv`. With `--seeds 100`, instead, the first 100 random models of
+`export_fuzz.py` are exported with a fixed signature, and each file is compared with LiteRT in
+Python; writes `benchmarks/results/browser_models.csv`.
 """
 
 import argparse
+import collections
 import functools
 import http.server
 import json
@@ -17,6 +20,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import export_fuzz
 import keras
 import numpy as np
 from common import RESULTS, write
@@ -25,6 +29,7 @@ from keras import layers
 import keras_frn
 
 SHAPE, SAMPLES = (16, 16, 3), 8
+PRESETS = (None, "float16", "dynamic", "int8", "int8_float_statistics", "int16x8")
 PAGE = """<!doctype html><script type="importmap">{"imports": {
 "@litertjs/core": "/modules/@litertjs/core/dist/index.js",
 "@litertjs/wasm-utils": "/modules/@litertjs/wasm-utils/dist/index.js"}}</script>
@@ -107,7 +112,7 @@ def write_files(model, folder, data):
     """The tasks of the page, one for each file."""
     tasks = []
     fixed = [keras.InputSpec(shape=(1, *SHAPE))]
-    for preset in (None, "float16", "dynamic", "int8", "int8_float_statistics", "int16x8"):
+    for preset in PRESETS:
         for signature, batch in ((fixed, "1"), (None, "unknown")):
             file = f"{preset}_{batch}.tflite"
             keras_frn.export_tflite(model, folder / file, preset, data, input_signature=signature)
@@ -123,8 +128,11 @@ def write_files(model, folder, data):
     return tasks
 
 
-def in_browser(folder, chromium):
+def in_browser(folder, tasks, modules, chromium):
     """What the page says of each task."""
+    (folder / "page.html").write_text(PAGE)
+    (folder / "tasks.json").write_text(json.dumps(tasks))
+    (folder / "modules").symlink_to(modules.resolve())
     handler = functools.partial(Server, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.is_done = threading.Event()
@@ -144,27 +152,19 @@ def in_browser(folder, chromium):
     return server.result
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modules", type=Path, required=True)
-    parser.add_argument("--chromium", default="chromium")
-    arguments = parser.parse_args()
-    version = subprocess.run([arguments.chromium, "--version"], capture_output=True, text=True)
+def one_model(modules, chromium):
+    """Each preset and batch of one model, and its ONNX file."""
     model = make_model()
     data = np.random.default_rng(1).normal(size=(100, *SHAPE)).astype("float32")
     expected = keras.ops.convert_to_numpy(model(data[:SAMPLES], training=False))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tasks = write_files(model, folder, data)
-        (folder / "page.html").write_text(PAGE)
-        (folder / "tasks.json").write_text(json.dumps(tasks))
-        (folder / "modules").symlink_to(arguments.modules.resolve())
-        results = in_browser(folder, arguments.chromium)
+        results = in_browser(folder, tasks, modules, chromium)
     rows = []
     for task, result in zip(tasks, results, strict=True):
-        package = arguments.modules / task["runtime"] / "package.json"
         row = {key: task[key] for key in ("runtime", "preset", "batch")}
-        row["version"] = json.loads(package.read_text())["version"]
+        row["version"] = package_version(modules / task["runtime"])
         row["error"] = row["refused"] = ""
         if "outputs" in result:
             error = np.abs(np.array(result["outputs"]) - expected).max()
@@ -172,10 +172,70 @@ def main():
         else:
             row["refused"] = result["error"].splitlines()[0][:160]
         row["range"] = float(np.ptp(expected))
-        row["browser"] = version.stdout.strip()
         rows.append(row)
         print(*(f"{key}={row[key]}" for key in ("runtime", "preset", "batch", "error", "refused")))
-    write(rows, RESULTS / "browser.csv")
+    return rows
+
+
+def random_models(seeds, modules, chromium):
+    """Each preset of random models with a fixed signature; errors as shares of the range."""
+    rows = []
+    for seed in range(seeds):
+        keras.backend.clear_session()
+        model, samples = export_fuzz.random_model(seed)
+        data, unseen = samples(64), samples(SAMPLES)
+        try:
+            expected = keras.ops.convert_to_numpy(model(unseen, training=False))
+        except ValueError:  # Keras infers a wrong shape for some layers in a row
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            folder, tasks = Path(folder), []
+            for preset in PRESETS:
+                task = {"runtime": "@litertjs/core", "file": f"{preset}.tflite"}
+                task |= {"preset": preset or "float32", "shape": [1, *unseen.shape[1:]]}
+                task |= {"name": len(tasks), "samples": unseen.reshape(SAMPLES, -1).tolist()}
+                task["said"] = export_fuzz.export(model, folder / task["file"], preset, data, False)
+                if (folder / task["file"]).exists():
+                    tasks.append(task)
+            for task, result in zip(
+                tasks, in_browser(folder, tasks, modules, chromium), strict=True
+            ):
+                row = {"seed": seed, "preset": task["preset"], "warned": bool(task["said"])}
+                row |= dict.fromkeys(("from the model", "from LiteRT", "refused"), "")
+                if "outputs" in result:
+                    outputs = np.array(result["outputs"]).reshape(expected.shape)
+                    litert = export_fuzz.run(folder / task["file"], unseen)
+                    row["from the model"] = f"{export_fuzz.share(outputs, expected):.2g}"
+                    row["from LiteRT"] = f"{export_fuzz.share(outputs, litert):.2g}"
+                else:
+                    row["refused"] = result["error"].splitlines()[0][:160]
+                rows.append(row)
+        print(seed, *(row for row in rows if row["seed"] == seed), sep="\n  ", flush=True)
+    for preset, number in collections.Counter(row["preset"] for row in rows).items():
+        ran = [row for row in rows if row["preset"] == preset and not row["refused"]]
+        worst = max(float(row["from LiteRT"]) for row in ran)
+        print(f"{preset}: {len(ran)} of {number} files ran, at most {worst} from LiteRT")
+    return rows
+
+
+def package_version(folder):
+    return json.loads((folder / "package.json").read_text())["version"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--modules", type=Path, required=True)
+    parser.add_argument("--chromium", default="chromium")
+    parser.add_argument("--seeds", type=int)
+    arguments = parser.parse_args()
+    version = subprocess.run([arguments.chromium, "--version"], capture_output=True, text=True)
+    if arguments.seeds:
+        rows = random_models(arguments.seeds, arguments.modules, arguments.chromium)
+        path = RESULTS / "browser_models.csv"
+    else:
+        rows = one_model(arguments.modules, arguments.chromium)
+        path = RESULTS / "browser.csv"
+    write([{**row, "browser": version.stdout.strip()} for row in rows], path)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def share(actual, expected):
     return np.abs(actual - expected).max() / np.ptp(np.append(expected, 0))
 
 
-def export(model, path, preset, data):
+def export(model, path, preset, data, integer_io):
     """What the export said: "", a warning or an error."""
     # A fixed batch, as recurrent layers and microcontrollers want it.
     signature = [keras.InputSpec(shape=(1, *model.input_shape[1:]))]
@@ -184,7 +184,7 @@ def export(model, path, preset, data):
         warnings.simplefilter("always")
         try:
             keras_frn.export_tflite(
-                model, path, preset, data, preset == "int8", input_signature=signature
+                model, path, preset, data, integer_io, input_signature=signature
             )
         except ValueError as error:
             return f"refused: {error}"
@@ -243,7 +243,7 @@ def study(seed, presets=(None, "int8"), micro=True):
         name = preset or "float32"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.tflite"
-            said = export(model, path, preset, data)
+            said = export(model, path, preset, data, preset == "int8")
             row[f"{name} said"] = said
             if not path.exists():
                 row[name] = ""

@@ -23,6 +23,8 @@ from ..layers import (
 # Shares of the largest mean square of a layer: below the first, 8 bits leave fewer than 4 steps;
 # below the second, less than half a step.
 _RESOLVED, _VISIBLE = 1 / 64, 1 / 512
+# A layer normalizes twice where more than this share of its mean squares is not resolved.
+_UNRESOLVED = 0.01
 # What the first of two normalizations adds. Mean squares spread over a factor of 100 become spread
 # over about 10 in each of the two.
 _FIRST_EPSILON = 1 / 16
@@ -232,7 +234,7 @@ class InferenceCopy:
         for layer in self.normalizations:
             values = self._mean_squares[layer] + layer.aligned(layer.epsilon)
             largest = values.max()
-            if np.quantile(values, 0.1) < _RESOLVED * largest:
+            if np.quantile(values, _UNRESOLVED) < _RESOLVED * largest:
                 layer.first_epsilon = np.maximum(_FIRST_EPSILON * largest, 2 * layer.epsilon)
                 largest = 1.0
             layer.floor = _RESOLVED * largest
