@@ -102,10 +102,10 @@ def export_tflite(
     The mean square of Filter Response Normalization has the square of its input's range, which an
     8-bit integer cannot hold as soon as channels or samples differ in scale. So the integer
     presets first scale each input channel to unit root mean square on the calibration data, through
-    the filters of the layer before it, which changes nothing in float; and `"int8"` normalizes
-    twice, coarsely and then exactly, where samples differ more than 8 bits resolve. In both 8-bit
-    presets the rarest 2 of 10,000 values before a normalization saturate. The model given stays as
-    it is.
+    the filters of the layer before it, which changes nothing in float; and `"int8"` and `"int16x8"`
+    normalize twice, coarsely and then exactly, where samples differ more than integers resolve. In
+    both 8-bit presets the rarest 2 of 10,000 values before a normalization saturate. The model
+    given stays as it is.
 
     Args:
         model: A built Keras model. A functional, Sequential or nested one is exported through a
@@ -181,8 +181,8 @@ def export_tflite(
     elif preset.is_calibrated:
         show(f"equalizing {len(copy.normalizations)} normalizations")
         copy.equalize(samples)
-        if preset.is_integer:
-            copy.use_integer_form()
+        if preset.floor:
+            copy.use_integer_form(preset.floor)
         equalized, not_equalized = tuple(copy.equalized), copy.not_equalized
     if preset.is_integer and not_equalized:
         notes.append(

@@ -20,11 +20,10 @@ from ..layers import (
     epsilon_of,
 )
 
-# Shares of the largest mean square of a layer: below the first, 8 bits leave fewer than 4 steps;
-# below the second, less than half a step.
-_RESOLVED, _VISIBLE = 1 / 64, 1 / 512
-# A layer normalizes twice where more than this share of its mean squares is not resolved.
-_UNRESOLVED = 0.01
+# Below this share of a layer's largest mean square 8 bits leave fewer than 4 steps, and LiteRT's
+# 16-bit RSQRT, a table, is off by 1 % and more. A layer of which more than the second share of the
+# mean squares is there normalizes twice.
+_RESOLVED, _UNRESOLVED = 1 / 64, 0.01
 # What the first of two normalizations adds. Mean squares spread over a factor of 100 become spread
 # over about 10 in each of the two.
 _FIRST_EPSILON = 1 / 16
@@ -92,7 +91,7 @@ class _Normalization(layers.Layer):
 
     The integer form takes `rsqrt(max(nu2, floor))`, as the rare large values of
     `rsqrt(nu2 + epsilon)` would stretch the integer range of all others. Where the mean squares
-    span more than 8 bits resolve, it normalizes twice: with a large epsilon, which brings the
+    span more than integers resolve, it normalizes twice: with a large epsilon, which brings the
     samples to similar scales, and then exactly. Above the floor both equal the float form.
 
     Attributes:
@@ -136,7 +135,8 @@ class _Normalization(layers.Layer):
             epsilon = epsilon / (self.first_epsilon - epsilon)
             gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
         nu2 = self.mean_square(x)
-        if self.floor is None or np.max(epsilon) > _VISIBLE * self.floor / _RESOLVED:
+        # An eighth of the floor is half a step of 8 bits.
+        if self.floor is None or np.max(epsilon) > self.floor / 8:
             nu2 = nu2 + self.aligned(epsilon)
         if self.floor is not None:
             nu2 = ops.maximum(nu2, self.aligned(self.floor))
@@ -229,15 +229,18 @@ class InferenceCopy:
             self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
             self.equalized.append(layer.name)
 
-    def use_integer_form(self):
-        """Gives each normalization the integer form that fits its mean squares, once equalized."""
+    def use_integer_form(self, floor):
+        """Gives each normalization the integer form that fits its mean squares, once equalized.
+
+        `floor` is the least mean square as a share of the layer's largest.
+        """
         for layer in self.normalizations:
             values = self._mean_squares[layer] + layer.aligned(layer.epsilon)
             largest = values.max()
             if np.quantile(values, _UNRESOLVED) < _RESOLVED * largest:
                 layer.first_epsilon = np.maximum(_FIRST_EPSILON * largest, 2 * layer.epsilon)
                 largest = 1.0
-            layer.floor = _RESOLVED * largest
+            layer.floor = floor * largest
         for call in self._wiring.calls:
             if _is_relu6(call.layer) and not self._fuses(call.inputs[0]):
                 # As an operator of its own, TensorFlow Lite Micro computes it in the scale of its

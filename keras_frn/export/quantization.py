@@ -34,6 +34,8 @@ class Preset:
     quantizer_operators: tuple[str, ...] = ()
     # Whether every operator shall be in integers.
     is_integer: bool = False
+    # The least mean square that integer statistics tell from zero, as a share of a layer's largest.
+    floor: float | None = None
 
     @property
     def is_calibrated(self):
@@ -52,12 +54,14 @@ PRESETS = {
         converter_operators="TFLITE_BUILTINS_INT8",
         quantizer_operators=("ALL_SUPPORTED",),
         is_integer=True,
+        floor=1 / 64,
     ),
     "int8_float_statistics": Preset(bound=0.2, activations="int8", quantizer_operators=_PRODUCTS),
     "int16x8": Preset(
         bound=0.1,
         activations="int16",
         converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
+        floor=1 / 1024,
     ),
 }
 
