@@ -11,6 +11,8 @@ import threading
 def main():
     """Runs the command line; returns the exit code."""
     signal.signal(signal.SIGINT, _interrupt)
+    if hasattr(signal, "SIGPIPE"):  # as in `keras-frn inspect model.keras | head -1`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
         # TensorFlow logs into the file descriptor whatever the level is. Python's messages stay.
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)

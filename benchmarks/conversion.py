@@ -33,7 +33,7 @@ import keras_frn
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
 from build import FASHION_MNIST, fashion_mnist
 
-RESULTS = pathlib.Path(__file__).parent / "results" / "conversion.csv"
+CSV = pathlib.Path(__file__).parent / "results" / "conversion.csv"
 TRAINED_ON, CALIBRATION, FINE_TUNING, TEST = 12_000, 200, 1_000, 2_000
 
 
@@ -226,9 +226,9 @@ def shifted(model, tuning, test):
 
 
 def previous_rows(networks):
-    if not RESULTS.exists():
+    if not CSV.exists():
         return []
-    with open(RESULTS, newline="") as file:
+    with open(CSV, newline="") as file:
         return [row for row in list(csv.reader(file))[1:] if row[0] not in networks]
 
 
@@ -268,12 +268,12 @@ def main():
                 f"{network:10} {start:20} {ratio!s:9} {stage:42} {value:.3f}  {kept:.2f}",
                 flush=True,
             )
-    temporary = RESULTS.with_suffix(".tmp")
+    temporary = CSV.with_suffix(".tmp")
     with open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["network", "start", "epsilon_ratio", "stage", "accuracy", "kept"])
         writer.writerows(rows)
-    os.replace(temporary, RESULTS)
+    os.replace(temporary, CSV)
 
 
 if __name__ == "__main__":

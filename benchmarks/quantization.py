@@ -24,6 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from common import RESULTS
 from keras import layers
 
 import keras_frn
@@ -32,8 +33,6 @@ from keras_frn.export.runtime import LiteRT
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
 from build import FASHION_MNIST, fashion_mnist, run_litert
-
-RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def frn():
@@ -264,7 +263,6 @@ def _text(value):
 
 def write(rows, name):
     """Writes the rows, and keeps those of other networks that an earlier run wrote."""
-    RESULTS.mkdir(exist_ok=True)
     path, kept = RESULTS / name, []
     if path.exists():
         with open(path, newline="") as file:

@@ -252,6 +252,17 @@ def test_nothing_but_the_command_speaks(files, command):
         assert result.stderr.count("\n") == code // 2, result.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGPIPE")
+def test_a_reader_that_leaves_early_is_no_error(files, command):
+    start, environment = command
+    arguments = [*start, "inspect", files / "frn.keras"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(arguments, env=environment, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGPIPE
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
 def test_control_c(tmp_path, command):
     pytest.importorskip("sklearn", reason="of the [demo] extra")

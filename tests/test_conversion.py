@@ -318,6 +318,24 @@ def test_masked_positions_do_not_calibrate(rng):
         close(actual, expected, 1e-5)
 
 
+class SpoilsZeros(layers.Layer):
+    supports_masking = True
+
+    def call(self, x):
+        return x * x / x
+
+
+def test_a_nan_under_a_mask_does_not_calibrate(rng):
+    inputs = keras.Input((None, 4))
+    x = SpoilsZeros()(layers.Masking(-1.0)(inputs))  # what is masked becomes 0
+    model = keras.Model(inputs, layers.BatchNormalization()(x))
+    short = rng.normal(size=(12, 5, 4)).astype("float32")
+    padded = np.concatenate([short, np.full((12, 6, 4), -1.0, "float32")], 1)
+    a, b = (_convert(model, x).get_weights() for x in (short, padded))
+    for actual, expected in zip(a, b):
+        close(actual, expected, 1e-5)
+
+
 def test_a_channel_without_signal_stays_finite(rng):
     model = keras.Sequential([keras.Input((4, 4, 2)), layers.BatchNormalization()])
     model.layers[0].moving_variance.assign([0.0, 1.0])

@@ -88,11 +88,12 @@ class _Moments:
         x = np.moveaxis(ops.convert_to_numpy(ops.cast(x, "float32")), axis, -1)
         kept = np.ones((1,) * (x.ndim - 1)) if mask is None else ops.convert_to_numpy(mask)
         kept = kept.reshape(kept.shape + (1,) * (x.ndim - 1 - kept.ndim))
-        kept = np.broadcast_to(kept, x.shape[:-1]).reshape(len(x), -1, 1).astype("float64")
-        x = x.reshape(len(x), -1, x.shape[-1])
+        kept = np.broadcast_to(kept, x.shape[:-1]).reshape(len(x), -1, 1).astype(bool)
+        # Zeros and not a product, as NaN may stand under a mask.
+        x = np.where(kept, x.reshape(len(x), -1, x.shape[-1]), 0).astype("float64")
         positions = kept.sum((1, 2))
         share = np.maximum(positions, 1)[:, None]
-        return cls((kept * x).sum(1) / share, (kept * x * x).sum(1) / share, positions)
+        return cls(x.sum(1) / share, (x * x).sum(1) / share, positions)
 
     @classmethod
     def joined(cls, moments):
