@@ -56,6 +56,7 @@ def volumes(count, size, seed):
 
 A U-Net of three levels. Each convolution is followed by FRN and TLU. The deepest maps of a 24x24x24
 volume have 6x6x6 positions, enough for a mean. Where they have one, use `learned_epsilon=True`.
+Convolutions of stride 2 make the maps smaller, as LiteRT has no pooling of volumes.
 """
 
 
@@ -67,12 +68,17 @@ def block(x, filters):
     return x
 
 
+def halved(x):
+    """Maps of half the size."""
+    return layers.Conv3D(x.shape[-1], 2, strides=2, use_bias=False)(x)
+
+
 def build(width):
     """A U-Net for volumes of any size that 4 divides."""
     inputs = keras.Input((None, None, None, 1))
     first = block(inputs, width)
-    second = block(layers.MaxPooling3D()(first), 2 * width)
-    x = block(layers.MaxPooling3D()(second), 4 * width)
+    second = block(halved(first), 2 * width)
+    x = block(halved(second), 4 * width)
     for skip in (second, first):
         x = layers.Concatenate()([layers.UpSampling3D()(x), skip])
         x = block(x, skip.shape[-1])
