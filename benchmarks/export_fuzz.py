@@ -5,7 +5,9 @@ file is judged on samples that the export has not seen. Where TensorFlow Lite Mi
 (`tflite-micro`), it runs the int8 file, too, and the outputs are compared in steps of the integer;
 so are those of LiteRT's own kernels with XNNPACK and without.
 
-    python benchmarks/export_fuzz.py --seeds 200      # goes on where results/export_fuzz.csv ends
+    python benchmarks/export_fuzz.py --seeds 200 --results /tmp/again.csv
+
+It goes on where the file of results ends.
 """
 
 import argparse

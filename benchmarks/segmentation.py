@@ -1,6 +1,6 @@
 """Segmentation of volumes at batch 1: Dice by normalization, with and without filters of zero mean.
 
-    python benchmarks/segmentation.py [--tune]
+    python benchmarks/segmentation.py --results /tmp/again [--tune]
 
 The volumes, 16x16x16, are made here: a few overlapping ellipsoids, to be found, among bright rods,
 to be left alone, under uneven light and noise; brightness and light differ from volume to volume.
@@ -11,8 +11,8 @@ steps, a cosine to 0, cross-entropy and soft Dice. Dice is the mean over 100 oth
 `--tune` chooses the rate of each normalization out of 0.01, 0.03 and 0.1 (and 0.3, where 0.1 is
 best) by the Dice on 40 validation volumes, one run of a third of the length. BatchNormalization has
 its moving statistics, momentum 0.99, or statistics recomputed over 40 training volumes, whichever
-is better on the validation volumes. Finished runs are in results/segmentation.csv and
-are not done again."""
+is better on the validation volumes. Finished runs are in results/segmentation.csv and are not done
+again: `--results` names another folder, to do them anew, with the same rates without `--tune`."""
 
 import argparse
 import functools
@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16)
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the CSV")
     arguments = parser.parse_args()
     counts = {"train": arguments.steps, "validation": 40, "test": 100}
     data = {
@@ -195,6 +195,8 @@ def main():
         for seed, (part, count) in enumerate(counts.items())
     }
     path, rates_path = (arguments.results / f"segmentation{s}.csv" for s in ("", "_rates"))
+    if not rates_path.exists() and not arguments.tune:
+        rates_path = RESULTS / rates_path.name
     names = [n for n in NORMALIZATIONS if n in (arguments.only or NORMALIZATIONS)]
     if arguments.tune:
         tune(rates_path, max(1, arguments.steps // 3), data, names)

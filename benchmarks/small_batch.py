@@ -1,6 +1,6 @@
 """Test accuracy by batch size and normalization, with and without filters of zero mean.
 
-    python benchmarks/small_batch.py --budget-minutes 10
+    python benchmarks/small_batch.py --budget-minutes 10 --results /tmp/again
     python benchmarks/small_batch.py --ablate
     python benchmarks/small_batch.py --tune
 
@@ -20,7 +20,8 @@ BatchNormalization has momentum 0.99 up to batch 8 and 0.9 from 32, and statisti
 
 The budget ends the study, and the runs are in the order of their use: one seed at batch 2 and 32,
 more seeds, the other batch sizes. Each finished run is a line of results/small_batch.csv and is not
-done again. Without a budget all runs are done. Prints a summary and draws the plot at the end."""
+done again: `--results` names another folder, to do them anew with the same rates. Without a budget
+all runs are done. Prints a summary and draws the plot at the end."""
 
 import argparse
 import functools
@@ -360,10 +361,12 @@ def main():
     parser.add_argument("--only", nargs="+", help="names of normalizations, or of changes")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--ablate", action="store_true")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the CSV")
     arguments = parser.parse_args()
     load(arguments.data)
     path, rates_path = (arguments.results / f"small_batch{s}.csv" for s in ("", "_rates"))
+    if not rates_path.exists() and not arguments.tune:
+        rates_path = RESULTS / rates_path.name
     if arguments.tune:
         names = [n for n in NORMALIZATIONS if n in (arguments.only or NORMALIZATIONS)]
         tune(
