@@ -195,13 +195,14 @@ def export_tflite(
     try:
         content, more_notes = convert(exported, preset, specs, samples, integer_io)
     except Exception as error:
-        advice = "'int8_float_statistics' and 'dynamic' take more operators than 'int8'."
+        reason = " ".join(str(error).split()).rstrip(". ")
+        advice = "'int8_float_statistics' and 'dynamic' take more operators than the others."
         if inputs[0].shape[0] is None:
             fixed = f"[keras.InputSpec(shape={(1, *inputs[0].shape[1:])})]"
             advice += f" Recurrent layers need a fixed batch, such as input_signature={fixed}."
         raise ValueError(
             "`model` must consist of operators that LiteRT has with quantization="
-            f"{quantization!r}. Received: {model.name}, of which the converter says: {error}. "
+            f"{quantization!r}. Received: {model.name}, of which the converter says: {reason}. "
             f"{advice}"
         ) from error
     show("verifying in LiteRT")
