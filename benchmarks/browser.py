@@ -90,6 +90,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
 
 def make_model():
+    keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
             keras.Input(SHAPE),
