@@ -27,9 +27,9 @@ from common import RESULTS, write
 from keras import layers
 
 import keras_frn
+from keras_frn.export.quantization import PRESETS
 
 SHAPE, SAMPLES = (16, 16, 3), 8
-PRESETS = (None, "float16", "dynamic", "int8", "int8_float_statistics", "int16x8")
 PAGE = """<!doctype html><script type="importmap">{"imports": {
 "@litertjs/core": "/modules/@litertjs/core/dist/index.js",
 "@litertjs/wasm-utils": "/modules/@litertjs/wasm-utils/dist/index.js"}}</script>
@@ -67,7 +67,7 @@ async function run({runtime, file, shape, samples}) {
   return outputs;
 }
 for (const task of tasks) {
-  const row = {name: task.name};
+  const row = {};
   try { row.outputs = await run(task); } catch (error) { row.error = String(error); }
   rows.push(row);
 }
@@ -123,16 +123,14 @@ def write_files(model, folder, data):
     model.export(folder / "model.onnx", format="onnx", verbose=False)
     tasks.append({"runtime": "onnxruntime-web", "preset": "float32", "batch": "unknown"})
     tasks[-1]["file"] = "model.onnx"
-    samples = data[:SAMPLES].reshape(SAMPLES, -1).tolist()
-    for number, task in enumerate(tasks):
-        task |= {"name": number, "shape": [1, *SHAPE], "samples": samples}
     return tasks
 
 
-def in_browser(folder, tasks, modules, chromium):
-    """What the page says of each task."""
+def in_browser(folder, tasks, x, modules, chromium):
+    """What the page says of each task: the outputs for the samples in x, or an error."""
+    samples = {"shape": [1, *x.shape[1:]], "samples": x.reshape(len(x), -1).tolist()}
     (folder / "page.html").write_text(PAGE)
-    (folder / "tasks.json").write_text(json.dumps(tasks))
+    (folder / "tasks.json").write_text(json.dumps([task | samples for task in tasks]))
     (folder / "modules").symlink_to(modules.resolve())
     handler = functools.partial(Server, directory=folder)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -153,6 +151,11 @@ def in_browser(folder, tasks, modules, chromium):
     return server.result
 
 
+def refusal(result):
+    """Why the page has no outputs, in a line, or nothing."""
+    return result.get("error", "").partition("\n")[0][:160]
+
+
 def one_model(modules, chromium):
     """Each preset and batch of one model, and its ONNX file."""
     model = make_model()
@@ -161,21 +164,31 @@ def one_model(modules, chromium):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         tasks = write_files(model, folder, data)
-        results = in_browser(folder, tasks, modules, chromium)
+        results = in_browser(folder, tasks, data[:SAMPLES], modules, chromium)
     rows = []
     for task, result in zip(tasks, results, strict=True):
         row = {key: task[key] for key in ("runtime", "preset", "batch")}
         row["version"] = package_version(modules / task["runtime"])
-        row["error"] = row["refused"] = ""
-        if "outputs" in result:
+        row |= {"error": "", "refused": refusal(result)}
+        if not row["refused"]:
             error = np.abs(np.array(result["outputs"]) - expected).max()
             row["error"] = f"{error:.2g}"
-        else:
-            row["refused"] = result["error"].splitlines()[0][:160]
         row["range"] = float(np.ptp(expected))
         rows.append(row)
         print(*(f"{key}={row[key]}" for key in ("runtime", "preset", "batch", "error", "refused")))
     return rows
+
+
+def write_fixed(model, folder, data):
+    """The tasks of a random model's files of a fixed batch, one for each preset that it has."""
+    tasks = []
+    for preset in PRESETS:
+        file = f"{preset}.tflite"
+        said = export_fuzz.export(model, folder / file, preset, data, integer_io=False)
+        if (folder / file).exists():
+            tasks.append({"runtime": "@litertjs/core", "preset": preset or "float32"})
+            tasks[-1] |= {"warned": bool(said), "file": file}
+    return tasks
 
 
 def random_models(seeds, modules, chromium):
@@ -190,26 +203,17 @@ def random_models(seeds, modules, chromium):
         except ValueError:  # Keras infers a wrong shape for some layers in a row
             continue
         with tempfile.TemporaryDirectory() as folder:
-            folder, tasks = Path(folder), []
-            for preset in PRESETS:
-                task = {"runtime": "@litertjs/core", "file": f"{preset}.tflite"}
-                task |= {"preset": preset or "float32", "shape": [1, *unseen.shape[1:]]}
-                task |= {"name": len(tasks), "samples": unseen.reshape(SAMPLES, -1).tolist()}
-                task["said"] = export_fuzz.export(model, folder / task["file"], preset, data, False)
-                if (folder / task["file"]).exists():
-                    tasks.append(task)
-            for task, result in zip(
-                tasks, in_browser(folder, tasks, modules, chromium), strict=True
-            ):
-                row = {"seed": seed, "preset": task["preset"], "warned": bool(task["said"])}
-                row |= dict.fromkeys(("from the model", "from LiteRT", "refused"), "")
-                if "outputs" in result:
+            folder = Path(folder)
+            tasks = write_fixed(model, folder, data)
+            results = in_browser(folder, tasks, unseen, modules, chromium)
+            for task, result in zip(tasks, results, strict=True):
+                row = {"seed": seed, "preset": task["preset"], "warned": task["warned"]}
+                row |= {"from the model": "", "from LiteRT": "", "refused": refusal(result)}
+                if not row["refused"]:
                     outputs = np.array(result["outputs"]).reshape(expected.shape)
                     litert = export_fuzz.run(folder / task["file"], unseen)
                     row["from the model"] = f"{export_fuzz.share(outputs, expected):.2g}"
                     row["from LiteRT"] = f"{export_fuzz.share(outputs, litert):.2g}"
-                else:
-                    row["refused"] = result["error"].splitlines()[0][:160]
                 rows.append(row)
         print(seed, *(row for row in rows if row["seed"] == seed), sep="\n  ", flush=True)
     for preset, number in collections.Counter(row["preset"] for row in rows).items():

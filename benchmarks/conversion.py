@@ -26,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from common import RESULTS
 from keras import layers
 
 import keras_frn
@@ -33,7 +34,7 @@ import keras_frn
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
 from build import FASHION_MNIST, fashion_mnist
 
-CSV = pathlib.Path(__file__).parent / "results" / "conversion.csv"
+CSV = RESULTS / "conversion.csv"
 TRAINED_ON, CALIBRATION, FINE_TUNING, TEST = 12_000, 200, 1_000, 2_000
 
 

@@ -22,13 +22,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from common import RESULTS
 from keras import layers
 
 import keras_frn
 from keras_frn.export.quantization import PRESETS
 from keras_frn.export.runtime import LiteRT
 
-CSV = Path(__file__).parent / "results" / "export_fuzz.csv"
+CSV = RESULTS / "export_fuzz.csv"
 ACTIVATIONS = (
     *("linear", "relu", "relu6", "leaky_relu", "silu", "gelu", "elu", "tanh", "sigmoid"),
     *("hard_sigmoid", "softplus"),
@@ -213,14 +214,13 @@ def steps_apart(path, x):
     scale, zero = given["quantization"]
     integers = np.clip(np.round(x / scale) + zero, -128, 127).astype("int8")
     expected = _integers(litert, integers)
-    plain = _integers(LiteRT(str(path), is_plain=True), integers)
+    plain = np.abs(_integers(LiteRT(str(path), is_plain=True), integers) - expected).max()
     try:
-        micro = _in_micro(path, integers)
+        return np.abs(_in_micro(path, integers) - expected).max(), plain
     except ImportError:
-        return "not installed", np.abs(plain - expected).max()
+        return "not installed", plain
     except RuntimeError as error:
-        return f"refused: {str(error).splitlines()[0][:80]}", np.abs(plain - expected).max()
-    return np.abs(micro - expected).max(), np.abs(plain - expected).max()
+        return f"refused: {str(error).splitlines()[0][:80]}", plain
 
 
 def _integers(litert, rows):

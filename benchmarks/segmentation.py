@@ -37,6 +37,7 @@ from training import (
     predictor,
     rates,
     read,
+    tables,
     training_step,
 )
 
@@ -194,9 +195,7 @@ def main():
         part: volumes(min(count, arguments.steps), seed, arguments.size)
         for seed, (part, count) in enumerate(counts.items())
     }
-    path, rates_path = (arguments.results / f"segmentation{s}.csv" for s in ("", "_rates"))
-    if not rates_path.exists() and not arguments.tune:
-        rates_path = RESULTS / rates_path.name
+    path, rates_path = tables(arguments.results, "segmentation", arguments.tune)
     names = [n for n in NORMALIZATIONS if n in (arguments.only or NORMALIZATIONS)]
     if arguments.tune:
         tune(rates_path, max(1, arguments.steps // 3), data, names)

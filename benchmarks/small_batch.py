@@ -46,6 +46,7 @@ from training import (
     predictor,
     rates,
     read,
+    tables,
     training_step,
 )
 
@@ -364,9 +365,7 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the CSV")
     arguments = parser.parse_args()
     load(arguments.data)
-    path, rates_path = (arguments.results / f"small_batch{s}.csv" for s in ("", "_rates"))
-    if not rates_path.exists() and not arguments.tune:
-        rates_path = RESULTS / rates_path.name
+    path, rates_path = tables(arguments.results, "small_batch", arguments.tune)
     if arguments.tune:
         names = [n for n in NORMALIZATIONS if n in (arguments.only or NORMALIZATIONS)]
         tune(

@@ -8,6 +8,7 @@ import os
 
 import jax
 import numpy as np
+from common import RESULTS
 from jax import numpy as jnp
 
 
@@ -87,6 +88,14 @@ def read(path):
         path.write_bytes(text[: text.rfind(b"\n") + 1])
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def tables(folder, name, is_tuned):
+    """The files of a study's runs and of its rates, which are the shipped ones unless the folder
+    has its own or gets them."""
+    path, rates_path = folder / f"{name}.csv", folder / f"{name}_rates.csv"
+    has_own = is_tuned or rates_path.exists()
+    return path, rates_path if has_own else RESULTS / rates_path.name
 
 
 def append(row, path):
