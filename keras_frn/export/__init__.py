@@ -196,7 +196,9 @@ def export_tflite(
         content, more_notes = convert(exported, preset, specs, samples, integer_io)
     except Exception as error:
         reason = " ".join(str(error).split()).rstrip(". ")
-        advice = "'int8_float_statistics' and 'dynamic' take more operators than the others."
+        advice = (
+            "'int8_float_statistics' and 'dynamic' take more operators than 'int8' and 'int16x8'."
+        )
         if inputs[0].shape[0] is None:
             fixed = f"[keras.InputSpec(shape={(1, *inputs[0].shape[1:])})]"
             advice += f" Recurrent layers need a fixed batch, such as input_signature={fixed}."
