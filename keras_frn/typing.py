@@ -1,8 +1,8 @@
 """The types that signatures of this package speak of."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 # A tensor of whatever backend Keras runs on, or what becomes one. Keras itself has no types.
 Tensor: TypeAlias = Any
@@ -16,3 +16,19 @@ Constraint: TypeAlias = str | Mapping[str, Any] | Callable[..., Any] | None
 
 Epsilon: TypeAlias = float | Sequence[float]
 LearnedEpsilon: TypeAlias = bool | Literal["per_channel"]
+
+
+class Sliceable(Protocol):
+    """An array of any kind, also one that is read from a file as it is used."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+# What `samples.Samples` reads: arrays, one for each input, `tf.data.Dataset` and
+# `keras.utils.PyDataset` among the iterables of batches, or a function that returns one.
+CalibrationData: TypeAlias = (
+    Sliceable | Mapping[str, Any] | Iterable[Any] | Callable[[], Iterable[Any]]
+)
