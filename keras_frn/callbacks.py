@@ -274,7 +274,7 @@ def plot_health(records, path):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('The plot needs matplotlib: pip install "keras-frn[demo]".') from error
+        raise ImportError("The plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 5), layout="constrained")
     epochs = sorted({record.get("epoch", 0) for record in records})
     layers = list(dict.fromkeys(record["layer"] for record in records))

@@ -73,7 +73,7 @@ def import_quantizer():
     except ImportError as error:
         names = [name for name, preset in PRESETS.items() if preset.quantizer_operators]
         raise ImportError(
-            f'ai-edge-quantizer is needed for {names}: pip install "keras-frn[export]"'
+            f"ai-edge-quantizer is needed for {names}: pip install ai-edge-quantizer"
         ) from error
     return qtyping, quantizer
 

@@ -10,9 +10,7 @@ def import_litert():
     try:
         from ai_edge_litert import interpreter
     except ImportError as error:
-        raise ImportError(
-            'LiteRT is needed to run the file: pip install "keras-frn[export]"'
-        ) from error
+        raise ImportError("LiteRT is needed to run the file: pip install ai-edge-litert") from error
     return interpreter
 
 
