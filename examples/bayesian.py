@@ -14,7 +14,7 @@ Really Like?" (ICML 2021, https://arxiv.org/abs/2104.14421) used FRN and a smoot
 
 ## Setup
 
-    pip install "keras-frn[examples]"
+    pip install ".[examples]"
     python examples/bayesian.py
 
 The digits come with scikit-learn.

@@ -15,7 +15,7 @@ nothing of it is left at inference.
 
 ## Setup
 
-    pip install "keras-frn[examples]"
+    pip install ".[examples]"
     KERAS_BACKEND=jax python examples/image_classification.py
 
 JAX compiles the whole step, which helps most where a step is as short as one of two small images.

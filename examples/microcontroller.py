@@ -15,7 +15,7 @@ device. At last the file becomes a C array to compile into a program.
 
 ## Setup
 
-    pip install "keras-frn[examples]"
+    pip install ".[examples]"
     python examples/microcontroller.py
 
 The file has 19,016 bytes and needs 6,560 bytes of memory beside it. TensorFlow Lite Micro read 98.3

@@ -15,7 +15,7 @@ by itself. So does GroupNormalization, the usual replacement, which we train bes
 
 ## Setup
 
-    pip install "keras-frn[examples]"
+    pip install ".[examples]"
     python examples/private_training.py
 
 Fashion-MNIST comes with the Debian package `dataset-fashion-mnist`; elsewhere put its four files in

@@ -1,17 +1,32 @@
 """Filter Response Normalization (FRN) and the Thresholded Linear Unit (TLU) for Keras 3."""
 
-import importlib
-from typing import TYPE_CHECKING
+import os
+import warnings
 
-# `addons` registers what migrated files need.
-from . import addons, constraints, ops  # noqa: F401
+try:
+    import keras
+except ImportError as error:
+    raise ImportError(
+        "keras_frn needs Keras 3.13 or newer, and the backend that KERAS_BACKEND or Keras' config "
+        f"file names. Received: {error}. Install it, or name another backend."
+    ) from error
+if keras.__version__.split(".")[0] < "3":
+    raise ImportError(
+        f"keras_frn needs Keras 3.13 or newer. Received: Keras {keras.__version__}. Upgrade it: "
+        "pip install --upgrade keras"
+    )
+if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+    warnings.warn(
+        "TF_USE_LEGACY_KERAS is set, so `tf.keras` is Keras 2, whose models cannot hold the layers "
+        "of keras_frn. Unset it, or build models with `import keras`.",
+        stacklevel=2,
+    )
+
+from . import callbacks, constraints, models, ops
+from .addons.loading import load_addons_model, load_addons_weights
+from .conversion import ConversionReport, replace_batch_normalization
+from .export import ExportReport, export_tflite
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
-
-if TYPE_CHECKING:
-    from . import callbacks, models
-    from .addons.loading import load_addons_model, load_addons_weights
-    from .conversion import ConversionReport, replace_batch_normalization
-    from .export import ExportReport, export_tflite
 
 __version__ = "0.1.0"
 
@@ -30,25 +45,3 @@ __all__ = [
     "ops",
     "replace_batch_normalization",
 ]
-
-# What files need is there at once; tools load when they are first used.
-_HOMES = {
-    "ConversionReport": "conversion",
-    "ExportReport": "export",
-    "export_tflite": "export",
-    "load_addons_model": "addons.loading",
-    "load_addons_weights": "addons.loading",
-    "replace_batch_normalization": "conversion",
-}
-
-
-def __getattr__(name):
-    if name in ("callbacks", "models"):
-        return importlib.import_module(f".{name}", __name__)
-    if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__():
-    return sorted({*globals(), *__all__})

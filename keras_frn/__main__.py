@@ -1,6 +1,6 @@
 """`python -m keras_frn` is the command `keras-frn`."""
 
-from keras_frn_command import main
+from .cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

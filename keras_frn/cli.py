@@ -1,69 +1,117 @@
 """The command `keras-frn`."""
 
 import argparse
+import contextlib
+import dataclasses
 import os
-import re
 import sys
+import warnings
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from . import __version__
+import h5py
+import keras
+import numpy as np
+
+from . import __version__, graph
+from .addons.loading import load_addons_model
+from .callbacks import frn_layers, health, plot_health
+from .conversion import replace_batch_normalization
+from .demo import run
+from .errors import ArgumentError, ArgumentWarning
+from .export import export_tflite
 from .export.quantization import PRESETS
+from .samples import Samples
+
+__all__ = ["main"]
 
 _MODEL, _NEW = "a .keras or .h5 file", "{} file to write"
-# How the command line names what the functions' errors name in Python.
-_WORDS = {
-    r"`calibration_data`": "`--calibration`",
-    r"`epsilon_ratio`": "`--epsilon-ratio`",
-    r"\btau='(\w+)'": r"--tau \1",
-    r"\binteger_io=True": "--integer-io",
-    r"`input_signature`": "`--input-shape`",
-    r"\bquantization='(\w+)'": r"--quantization \1",
-}
+_QUIET = "TF_CPP_MIN_LOG_LEVEL=3 in the environment keeps most of TensorFlow's log lines away."
 
 
-def main(argv=None):
-    """Runs a subcommand; returns 0, or 2 after an error of the user's that it has printed."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand.
+
+    Args:
+        argv: The arguments of the command line. Defaults to those of the process.
+
+    Returns:
+        The exit code: 0, 1 if the reader of the output has gone, 2 after an error that was
+        printed, 130 after Ctrl-C.
+    """
     arguments = _parser().parse_args(argv)
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in arguments.shown:
+            arguments.shown.add(str(message))
+            print(f"keras-frn: warning: {_renamed(message, arguments.names)}", file=sys.stderr)
+
     try:
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `keras-frn inspect model.keras | head -1`
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.close()  # else Python tries again at its end
+        return 1
     except (ValueError, ImportError, OSError) as error:
-        message = str(error)
-        if arguments.run is _inspect:
-            message = message.replace("`calibration_data`", "`--data`")
-        for pattern, word in _WORDS.items():
-            message = re.sub(pattern, word, message)
-        print(f"keras-frn: {message}", file=sys.stderr)
+        print(f"keras-frn: {_renamed(error, arguments.names)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nkeras-frn: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
-def _parser():
+def _renamed(message: object, names: Mapping[str, str]) -> object:
+    if isinstance(message, (ArgumentError, ArgumentWarning)):
+        message.argument = names.get(message.argument, message.argument)
+    return message
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="keras-frn", description="Filter Response Normalization for Keras 3."
+        prog="keras-frn", description="Filter Response Normalization for Keras 3.", epilog=_QUIET
     )
     parser.add_argument("--version", action="version", version=f"keras-frn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(function, name, help, **positional):
+    def add(
+        function: Callable[[argparse.Namespace], None],
+        name: str,
+        help: str,
+        names: Mapping[str, str],
+        **positional: str,
+    ) -> argparse.ArgumentParser:
+        """Adds a subcommand; `names` is what it calls the arguments of the functions it uses."""
         command = commands.add_parser(name, help=help, description=help)
-        command.set_defaults(run=function)
+        command.set_defaults(run=function, names=names, shown=set())
         for argument, text in positional.items():
             command.add_argument(argument, help=text)
         if "output" in positional:
             command.add_argument("--overwrite", action="store_true", help="replace a file")
         return command
 
-    demo = add(_demo, "demo", "train, save, reload, export and compare on real digits")
+    help = "train, save, reload, export and compare on real digits"
+    demo = add(_demo, "demo", help, {"output": "--output"})
     demo.add_argument("--output", default="keras-frn-demo", metavar="DIR", help="an empty folder")
 
-    help = "list a model's FRN and TLU layers; with data, show whether they are well"
-    inspect = add(_inspect, "inspect", help, model=_MODEL)
-    inspect.add_argument("--data", metavar="NPY", help="inputs like those of training, some tens")
+    help = "list a model's FRN and TLU layers; with data, show dead channels and epsilons"
+    inspect = add(_inspect, "inspect", help, {"calibration_data": "--data"}, model=_MODEL)
+    inspect.add_argument("--data", metavar="NPY", help="some tens of inputs like those of training")
     inspect.add_argument("--plot", metavar="PNG", help="draw what the data show")
 
+    names = {
+        "calibration_data": "--calibration",
+        "input_signature": "--input-shape",
+        "integer_io": "--integer-io",
+        "quantization": "--quantization",
+    }
     help = "write a LiteRT file and compare it with the model"
-    export = add(_export, "export", help, model=_MODEL, output=_NEW.format(".tflite"))
+    export = add(_export, "export", help, names, model=_MODEL, output=_NEW.format(".tflite"))
     presets = [name for name in PRESETS if name]
     export.add_argument("--quantization", choices=presets, help="default: float32")
     export.add_argument("--calibration", metavar="NPY", help="inputs like those at inference")
@@ -71,17 +119,18 @@ def _parser():
     help = "a fixed size, such as 1,32,32,3, with the batch; once for each input"
     export.add_argument("--input-shape", type=_shape, action="append", metavar="N,...", help=help)
 
+    names = {"calibration_data": "--calibration", "epsilon_ratio": "--epsilon-ratio"}
     help = "turn a trained BatchNormalization model into an FRN model"
-    convert = add(_convert, "convert", help, model=_MODEL, output=_NEW.format(".keras"))
-    convert.add_argument("--calibration", metavar="NPY", help="inputs, some hundreds, no labels")
-    convert.add_argument(
-        "--epsilon-ratio", type=float, default=3.0, help="epsilon / mean square (default 3)"
-    )
+    convert = add(_convert, "convert", help, names, model=_MODEL, output=_NEW.format(".keras"))
+    convert.add_argument("--calibration", metavar="NPY", help="some hundreds of inputs, no labels")
+    help = "epsilon / mean square (default 3)"
+    convert.add_argument("--epsilon-ratio", type=float, default=3.0, metavar="R", help=help)
 
     migrate = add(
         _migrate,
         "migrate",
         "open a model that TensorFlow Addons saved and write it for Keras 3",
+        {"path": "model", "weights": "--weights", "tau": "--tau", "calibration_data": "--check"},
         model=".h5, .keras, SavedModel folder, .zip of one, or .json config",
         output=_NEW.format(".keras"),
     )
@@ -96,45 +145,46 @@ def _parser():
     return parser
 
 
-def _shape(text):
-    return tuple(None if size in ("", "None") else int(size) for size in text.split(","))
+def _shape(text: str) -> tuple[int | None, ...]:
+    try:
+        return tuple(None if size in ("", "None") else int(size) for size in text.split(","))
+    except ValueError:
+        rule = "must be sizes with commas between, such as 1,32,32,3"
+        raise argparse.ArgumentTypeError(f"{rule}. Received: {text}") from None
 
 
-def _demo(arguments):
-    from .demo import run
-
+def _demo(arguments: argparse.Namespace) -> None:
     run(arguments.output)
 
 
-def _inspect(arguments):
-    plot = arguments.plot and _target(arguments.plot, ".png", True, "--plot")
-    model, data = _load(arguments.model), _array(arguments.data)
+def _inspect(arguments: argparse.Namespace) -> None:
+    plot = arguments.plot and _target(arguments.plot, ".png", overwrite=True, argument="--plot")
+    if plot and not arguments.data:
+        raise ArgumentError("--plot", "must have data to draw. Received: no `--data`. Pass it.")
+    model, data = _load(arguments.model), _array(arguments.data, "--data")
     _print_layers(model)
     if data is None:
-        if plot:
-            raise ValueError("`--plot` must have data to draw. Received: no `--data`. Pass it.")
         return
-    from .callbacks import health, plot_health
-    from .samples import Samples
-
-    rows, keys = health(model, Samples(model, data)), ("at_tau", "dead", "epsilon_ratio", "spread")
-    width = max(len(row["layer"]) for row in rows) if rows else 0
-    print(f"\n{'':{width}}  at tau    dead  eps/nu2   spread of nu2")
+    if not frn_layers(model):
+        found = f"Received: {arguments.model}, which has none."
+        raise ArgumentError("model", f"must have FRN or TLU layers to show with `--data`. {found}")
+    rows = health(model, Samples(model, data))
+    width = max(len(row["layer"]) for row in rows)
+    columns = ("at_tau", "dead", "epsilon_ratio", "spread")
+    print(f"\n{'':{width}}", *(f"{name:>13}" for name in columns))
     for row in rows:
-        values = [format(row[key], ".3g") if key in row else "" for key in keys]
-        print("{:{}}  {:>6}  {:>6}  {:>7}  {:>14}".format(row["layer"], width, *values))
+        values = (format(row[key], ".3g") if key in row else "" for key in columns)
+        print(f"{row['layer']:{width}}", *(f"{value:>13}" for value in values))
     if plot:
         plot_health(rows, plot)
         print(f"wrote {plot}")
 
 
-def _print_layers(model):
-    import keras
-
-    from .callbacks import frn_layers
-
+def _print_layers(model: keras.Model) -> None:
     layers = frn_layers(model)
     print(f"{model.name}: {len(layers)} FRN and TLU layers, {model.count_params():,} parameters")
+    if count := _count_batch_normalizations(model):
+        print(f"{count} BatchNormalization layers, which `keras-frn convert` turns into FRN")
     for layer in layers:
         print(f"{layer.name} ({type(layer).__name__}, axis={layer.axis})")
         for weight in layer.weights:
@@ -145,33 +195,39 @@ def _print_layers(model):
             )
 
 
-def _export(arguments):
-    import keras
+def _count_batch_normalizations(model: keras.Model) -> int:
+    layers = graph.layers(model)
+    return sum(isinstance(layer, keras.layers.BatchNormalization) for layer in layers)
 
-    from .export import export_tflite
 
+def _export(arguments: argparse.Namespace) -> None:
     shapes = arguments.input_shape
-    signature = shapes and [keras.InputSpec(shape=shape) for shape in shapes]
     output = _target(arguments.output, ".tflite", arguments.overwrite)
     report = export_tflite(
         _load(arguments.model),
         output,
         quantization=arguments.quantization,
-        calibration_data=_array(arguments.calibration),
+        calibration_data=_array(arguments.calibration, "--calibration"),
         integer_io=arguments.integer_io,
         verbose=True,
-        input_signature=signature,
+        input_signature=shapes and [keras.InputSpec(shape=shape) for shape in shapes],
     )
-    print(report)
+    others = tuple(text for text in report.warnings if text not in arguments.shown)
+    print(dataclasses.replace(report, warnings=others))
 
 
-def _convert(arguments):
-    from .conversion import replace_batch_normalization
-
+def _convert(arguments: argparse.Namespace) -> None:
     output = _target(arguments.output, ".keras", arguments.overwrite)
+    model, data = _load(arguments.model), _array(arguments.calibration, "--calibration")
+    if not _count_batch_normalizations(model):
+        problem = f"Received: {arguments.model}, which has none. Nothing was written."
+        raise ArgumentError("model", f"must have BatchNormalization layers. {problem}")
+    if data is None:
+        missing = "was not given, so the result computes less of what the model did. Pass inputs."
+        warnings.warn(ArgumentWarning("--calibration", missing), stacklevel=2)
     model, report = replace_batch_normalization(
-        _load(arguments.model),
-        _array(arguments.calibration),
+        model,
+        calibration_data=data,
         epsilon_ratio=arguments.epsilon_ratio,
         verbose=True,
         return_report=True,
@@ -180,85 +236,101 @@ def _convert(arguments):
     _write(model, output)
 
 
-def _migrate(arguments):
-    from .addons.loading import load_addons_model
-
+def _migrate(arguments: argparse.Namespace) -> None:
     output = _target(arguments.output, ".keras", arguments.overwrite)
-    inputs = _array(arguments.check)
-    model = load_addons_model(arguments.model, arguments.weights, arguments.tau)
+    inputs = _array(arguments.check, "--check")
+    model = load_addons_model(arguments.model, weights=arguments.weights, tau=arguments.tau)
     _print_layers(model)
     if inputs is not None:
+        Samples(model, inputs)  # says what does not fit
         print(model.predict(inputs, verbose=0))
     _write(model, output)
 
 
-def _write(model, output):
+def _write(model: keras.Model, output: Path) -> None:
     """Writes a model, which appears when it has been read again and its weights are the same."""
-    import numpy as np
-
     temporary = output.with_name(f".{output.stem}.{os.getpid()}.keras")
     try:
         model.save(temporary)
-        written = _load(temporary).get_weights()
+        written = keras.models.load_model(temporary, compile=False).get_weights()
         for weight, value in zip(model.get_weights(), written, strict=True):
             if not np.array_equal(weight, value, equal_nan=True):
-                raise ValueError(f"{output}: a weight was not written as it is. Nothing is left.")
+                raise ValueError(f"{output}: a saved weight differs. The file was removed.")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {output}, {output.stat().st_size:,} bytes")
 
 
-def _target(path, suffix, overwrite, name="output"):
+def _target(path: str, suffix: str, overwrite: bool, argument: str = "output") -> Path:
     """The path of a file to write, before the work begins."""
-    path = Path(path)
-    if path.suffix != suffix:
-        problem, remedy = f"must end in {suffix}", f"Call it {path.with_suffix(suffix)}"
-    elif not path.parent.is_dir():
-        problem, remedy = "must be in a folder that exists", f"Make {path.parent}"
-    elif path.exists() and not overwrite:
+    target = Path(path)
+    if target.suffix != suffix:
+        problem, remedy = f"must end in {suffix}", f"Call it {target.with_suffix(suffix)}"
+    elif not target.parent.is_dir():
+        problem, remedy = "must be in a folder that exists", f"Make {target.parent}"
+    elif target.exists() and not overwrite:
         problem, remedy = "must be a new file", "Choose another name, or pass --overwrite"
     else:
-        return path
-    raise ValueError(f"`{name}` {problem}. Received: {path}. {remedy}.")
+        return target
+    raise ArgumentError(argument, f"{problem}. Received: {target}. {remedy}.")
 
 
-def _load(path):
-    import keras
-
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"`model` must be a file. Received: {path}, which does not exist.")
-    if (
-        path.is_dir()
-        or path.suffix not in (".keras", ".h5")
-        or (path.suffix == ".keras" and not zipfile.is_zipfile(path))
-    ):
-        raise ValueError(
-            f"`model` must be a .keras or .h5 file. Received: {path}, which is none. Write it with "
-            "`model.save`; files of TensorFlow Addons go through `keras-frn migrate`."
-        )
-    try:
-        return keras.models.load_model(path, compile=False)
-    except TypeError as error:
-        raise ValueError(
-            f"`model` must have layers of Keras and of this package. Received: {path}: {error} "
-            "Open it in a program that registers its classes; files of TensorFlow Addons go "
-            "through `keras-frn migrate`."
-        ) from error
+def _load(name: str) -> keras.Model:
+    path = _existing(name, "model")
+    config = None if path.is_dir() else _read_config(path)
+    if config is None:
+        rule, which = "must be a .keras or .h5 file", "which is not one"
+        remedy = "Write it with `model.save`; `keras-frn migrate` opens what TensorFlow Addons left"
+    elif not config:
+        rule, which = "must hold a whole model", "which has weights alone"
+        remedy = "Load them into a model in Python, and write that with `model.save`"
+    elif "Addons>" in config:
+        rule, which = "must be a file of Keras 3", "which TensorFlow Addons saved"
+        remedy = f"Turn it into one: keras-frn migrate {path} new.keras"
+    else:
+        try:
+            return keras.models.load_model(path, compile=False)
+        except (TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            rule = "must be a model that Keras can load without other code"
+            # Keras' reason comes last; the advice and the config of the layer follow it.
+            which = str(error).rpartition("Exception encountered: ")[2].partition(". ")[0]
+            remedy = "A program that registers your own classes opens it"
+    raise ArgumentError("model", f"{rule}. Received: {path}, {which}. {remedy}.")
 
 
-def _array(path):
-    """The array in a .npy file, read as it is used; never a pickle."""
-    import numpy as np
-
-    if path is None:
+def _read_config(path: Path) -> str | None:
+    """The config in a file: empty if there is none, None if the file is of another kind."""
+    with path.open("rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            is_model = "config.json" in archive.namelist()
+            return archive.read("config.json").decode() if is_model else None
+    if not h5py.is_hdf5(path):
         return None
+    with h5py.File(path) as file:
+        return str(file.attrs.get("model_config", ""))
+
+
+def _array(name: str | None, option: str) -> np.ndarray[Any, Any] | None:
+    """The array in a .npy file, read as it is used; never a pickle."""
+    if name is None:
+        return None
+    path = _existing(name, option)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
-    if not isinstance(array, np.ndarray):
-        names = ", ".join(array.files)
-        raise ValueError(f"{path} is an .npz file of {names}. Write one array with `numpy.save`.")
-    return array
+        found = f"Received: {path}: {error}."
+        raise ArgumentError(option, f"must be a .npy file of numbers. {found}") from error
+    if isinstance(array, np.ndarray):
+        return array
+    found = f"Received: {path}, an .npz file of {', '.join(array.files)}."
+    raise ArgumentError(option, f"must be a .npy file. {found} Write one array with `numpy.save`.")
+
+
+def _existing(name: str, argument: str) -> Path:
+    if not Path(name).exists():
+        found = f"Received: {name}, which does not exist."
+        raise ArgumentError(argument, f"must be a file. {found}")
+    return Path(name)

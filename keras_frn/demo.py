@@ -148,7 +148,7 @@ def _formats(model, folder, x, expected):
     served = tf.saved_model.load(path)
     yield "SavedModel", path, served.serve, served.serve(x).numpy()
     path = folder / "digits.tflite"
-    model.export(path, format="litert", verbose=False)
+    model.export(str(path), format="litert", verbose=False)
     runtime = LiteRT(path)
     yield "LiteRT", path, runtime, runtime(x)[0]
 
