@@ -1,11 +1,18 @@
 """Reference networks with FRN and TLU where the sources have a normalization and an activation."""
 
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from .typing import Constraint, LearnedEpsilon, Tensor
 
+__all__ = ["resnet", "resnet_cifar"]
+
+# Whatever `keras.config.image_data_format()` says: FRN is over the last axis here.
+_CHANNELS_LAST = {"data_format": "channels_last"}
 _BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -16,13 +23,14 @@ _BLOCKS = {
 
 
 def resnet(
-    input_shape=(224, 224, 3),
-    classes=1000,
-    depth=50,
-    width=64,
-    learned_epsilon=False,
-    kernel_constraint=None,
-):
+    input_shape: Sequence[int | None] = (224, 224, 3),
+    classes: int = 1000,
+    depth: int = 50,
+    width: int = 64,
+    *,
+    learned_epsilon: LearnedEpsilon = False,
+    kernel_constraint: Constraint = None,
+) -> keras.Model:
     """Pre-activation residual network with FRN and TLU, for signals, images and volumes.
 
     ```
@@ -33,9 +41,7 @@ def resnet(
     BatchNormalization and ReLU: a 7 wide convolution and a 3 wide maximum of stride 2, four stages,
     FRN and TLU, the mean over all positions, logits. Convolutions have no bias. A projection reads
     what the block's first FRN and TLU give. 18 and 34 have two 3 wide convolutions in a block, the
-    others are bottlenecks.
-
-    Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
+    others are bottlenecks. The network is channels-last, whatever `keras.config` says.
 
     Args:
         input_shape: Tuple `(*spatial, channels)`, with one, two or three spatial sizes, None where
@@ -48,44 +54,46 @@ def resnet(
         kernel_constraint: For the convolutions, not for the logits:
             `keras_frn.constraints.ZeroMean()` helps at small batches. Defaults to None.
 
+    Returns:
+        A `keras.Model` from `(batch, *input_shape)` to the logits, `(batch, classes)`.
+
     Raises:
-        ValueError: if the shape, the depth or another number is none of these.
+        ValueError: If an argument is none of these.
 
     Example:
 
-    >>> model = keras_frn.models.resnet((100, 6), classes=4, depth=18, width=16)  # a 1D network
+    ```python
+    model = keras_frn.models.resnet((100, 6), classes=4, depth=18, width=16)  # a 1D network
+    ```
 
-    Reference: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016,
-    https://arxiv.org/abs/1603.05027; Singh & Krishnan, CVPR 2020,
-    https://arxiv.org/abs/1911.09737."""
-    input_shape = tuple(input_shape)
-    rank = len(input_shape) - 1
-    if rank not in (1, 2, 3) or input_shape[-1] is None:
-        raise ValueError(
-            "`input_shape` must be one to three spatial sizes and the number of channels. "
-            f"Received: input_shape={input_shape}. A series of 100 steps with 6 channels is "
-            "(100, 6)."
-        )
+    Reference:
+        He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016,
+        https://arxiv.org/abs/1603.05027
+
+        Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737
+    """
+    shape = _check_shape(input_shape, ranks=(1, 2, 3))
+    _check_positive(classes=classes, width=width, depth=depth)
     if depth not in _BLOCKS:
         raise ValueError(
             f"`depth` must be one of {sorted(_BLOCKS)}. Received: depth={depth}. 18 is the "
             "smallest."
         )
-    _check_positive(classes=classes, width=width)
+    rank = len(shape) - 1
     names = ("Conv", "MaxPooling", "GlobalAveragePooling")
     conv_layer, pool_layer, mean_layer = (getattr(keras.layers, f"{n}{rank}D") for n in names)
     options = {"padding": "same", "use_bias": False, "kernel_initializer": "he_normal"}
-    options["kernel_constraint"] = kernel_constraint
+    options |= {"kernel_constraint": kernel_constraint, **_CHANNELS_LAST}
 
-    def conv(x, filters, size, strides, name):
+    def conv(x: Tensor, filters: int, size: int, strides: int, name: str) -> Tensor:
         return conv_layer(filters, size, strides, name=name, **options)(x)
 
-    def frn_tlu(x, name):
+    def frn_tlu(x: Tensor, name: str) -> Tensor:
         return FilterResponseNormalizationTLU(learned_epsilon=learned_epsilon, name=name)(x)
 
-    inputs = keras.Input(input_shape)
+    inputs = keras.Input(shape)
     x = conv(inputs, width, 7, 2, "stem_conv")
-    x = pool_layer(3, 2, padding="same", name="stem_pool")(x)
+    x = pool_layer(3, 2, padding="same", name="stem_pool", **_CHANNELS_LAST)(x)
     for stage, blocks in enumerate(_BLOCKS[depth]):
         filters = width * 2**stage
         for block in range(blocks):
@@ -103,19 +111,20 @@ def resnet(
                 step = strides if number == len(convs) - 1 else 1
                 y = conv(y, channels, size, step, f"{name}_conv{number}")
             x = keras.layers.Add(name=f"{name}_add")([x, y])
-    x = mean_layer(name="mean")(frn_tlu(x, "last_frn"))
+    x = mean_layer(name="mean", **_CHANNELS_LAST)(frn_tlu(x, "last_frn"))
     logits = keras.layers.Dense(classes, name="logits")(x)
     return keras.Model(inputs, logits, name=f"resnet{depth}_frn")
 
 
 def resnet_cifar(
-    input_shape=(32, 32, 3),
-    classes=10,
-    depth=20,
-    width=16,
-    activation="swish",
-    kernel_constraint=None,
-):
+    input_shape: Sequence[int | None] = (32, 32, 3),
+    classes: int = 10,
+    depth: int = 20,
+    width: int = 16,
+    *,
+    activation: str | Callable[[Tensor], Tensor] = "swish",
+    kernel_constraint: Constraint = None,
+) -> keras.Model:
     """ResNet-20-FRN of the Bayesian deep learning literature.
 
     ```
@@ -126,12 +135,12 @@ def resnet_cifar(
     projection where a stage begins, the mean over all positions, logits. As in its source, every
     FRN has its TLU, and `activation` follows. With `activation="tlu"` nothing follows, no TLU
     stands in front of the addition, and a TLU stands behind it: FRN and TLU in place of
-    BatchNormalization and ReLU. 274,042 parameters at the defaults.
-
-    Shape: input `(batch, *input_shape)`, channels last; output `(batch, classes)`, logits.
+    BatchNormalization and ReLU. 274,042 parameters at the defaults. The network is channels-last,
+    whatever `keras.config` says.
 
     Args:
-        input_shape: Tuple `(height, width, channels)`. Defaults to (32, 32, 3).
+        input_shape: Tuple `(height, width, channels)`, None if a size is unknown. Defaults to
+            (32, 32, 3).
         classes: Int, the number of logits. Defaults to 10.
         depth: Int, the number of layers with weights: 6 n + 2. Defaults to 20.
         width: Int, the number of channels of the first stage. Defaults to 16.
@@ -139,15 +148,23 @@ def resnet_cifar(
             `"swish"`.
         kernel_constraint: As in `resnet`. Defaults to None.
 
+    Returns:
+        A `keras.Model` from `(batch, *input_shape)` to the logits, `(batch, classes)`.
+
     Raises:
-        ValueError: if the depth is not 6 n + 2, or another number is not a positive int.
+        ValueError: If an argument is none of these.
 
     Example:
 
-    >>> model = keras_frn.models.resnet_cifar()
+    ```python
+    model = keras_frn.models.resnet_cifar()
+    ```
 
-    Reference: Izmailov et al., "What Are Bayesian Neural Network Posteriors Really Like?", ICML
-    2021, https://arxiv.org/abs/2104.14421."""
+    Reference:
+        Izmailov et al., "What Are Bayesian Neural Network Posteriors Really Like?", ICML 2021,
+        https://arxiv.org/abs/2104.14421
+    """
+    shape = _check_shape(input_shape, ranks=(2,))
     _check_positive(classes=classes, width=width, depth=depth)
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(
@@ -155,13 +172,24 @@ def resnet_cifar(
             "56."
         )
     only_tlu = activation == "tlu"
+    if not only_tlu:
+        try:
+            activation = keras.activations.get(activation)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                '`activation` must be "tlu" or an activation of Keras. Received: '
+                f'activation={activation!r}. The source uses "swish".'
+            ) from error
 
-    def layer(x, filters, size, strides, name, branch_end=False):
+    def layer(
+        x: Tensor, filters: int, size: int, strides: int, name: str, branch_end: bool = False
+    ) -> Tensor:
         x = keras.layers.Conv2D(
             filters,
             size,
             strides,
             "same",
+            **_CHANNELS_LAST,
             kernel_initializer="he_normal",
             kernel_constraint=kernel_constraint,
             name=f"{name}_conv",
@@ -171,12 +199,12 @@ def resnet_cifar(
         x = FilterResponseNormalizationTLU(name=f"{name}_frn")(x)
         return x if only_tlu or branch_end else act(x, name)
 
-    def act(x, name):
+    def act(x: Tensor, name: str) -> Tensor:
         if only_tlu:
             return TLU(name=f"{name}_tlu")(x)
         return keras.layers.Activation(activation, name=f"{name}_act")(x)
 
-    inputs = keras.Input(tuple(input_shape))
+    inputs = keras.Input(shape)
     x = layer(inputs, width, 3, 1, "stem")
     for stage in range(3):
         filters = width * 2**stage
@@ -188,15 +216,35 @@ def resnet_cifar(
             if begins:
                 x = layer(x, filters, 1, 2, f"{name}_projection", branch_end=True)
             x = act(keras.layers.Add(name=f"{name}_add")([x, y]), name)
-    x = keras.layers.GlobalAveragePooling2D(name="mean")(x)
+    x = keras.layers.GlobalAveragePooling2D(name="mean", **_CHANNELS_LAST)(x)
     logits = keras.layers.Dense(classes, kernel_initializer="he_normal", name="logits")(x)
     return keras.Model(inputs, logits, name=f"resnet{depth}_frn_{'tlu' if only_tlu else 'act'}")
 
 
-def _check_positive(**arguments):
+def _check_shape(shape: Any, ranks: tuple[int, ...]) -> tuple[int | None, ...]:
+    """A shape as a tuple, of so many spatial sizes and a number of channels."""
+    sizes = shape if isinstance(shape, (list, tuple)) else ()
+    *spatial, channels = sizes or (None,)
+    are_sizes = all(size is None or _is_positive(size) for size in spatial)
+    if len(spatial) not in ranks or not are_sizes or not _is_positive(channels):
+        numbers_of = " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+        raise ValueError(
+            f"`input_shape` must be a tuple of {numbers_of} spatial sizes, None if unknown, and "
+            f"the number of channels. Received: input_shape={shape!r}. A color image of 32 by 32 "
+            "is (32, 32, 3)."
+        )
+    return tuple(sizes)
+
+
+def _check_positive(**arguments: Any) -> None:
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        if not _is_positive(value):
             raise ValueError(
                 f"`{name}` must be an int of 1 or more. Received: {name}={value!r}. Pass a "
                 "positive int."
             )
+
+
+def _is_positive(value: Any) -> bool:
+    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_int and int(value) >= 1

@@ -70,7 +70,7 @@ def test_resnet_of_every_rank(input_shape, size):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda c: models.resnet((32, 32, 3), 4, 18, 4, True, kernel_constraint=c),
+        lambda c: models.resnet((32, 32, 3), 4, 18, 4, learned_epsilon=True, kernel_constraint=c),
         lambda c: models.resnet_cifar((8, 8, 3), 4, 8, 4, kernel_constraint=c),
     ],
 )
@@ -91,17 +91,67 @@ def test_a_training_step_reaches_every_weight(rng):
 
 
 @pytest.mark.parametrize(
-    ("call", "match"),
+    "build",
     [
-        (lambda: models.resnet(depth=20), r"`depth` must be one of .*Received: depth=20"),
-        (lambda: models.resnet((3,)), r"`input_shape` must be .*Received: input_shape=\(3,\)"),
-        (lambda: models.resnet((8, None)), r"Received: input_shape=\(8, None\)"),
-        (lambda: models.resnet(classes=0), r"`classes` must be .*Received: classes=0"),
-        (lambda: models.resnet(width=1.5), r"`width` must be .*Received: width=1.5"),
-        (lambda: models.resnet_cifar(depth=21), r"`depth` must be 6 n \+ 2. Received: depth=21"),
-        (lambda: models.resnet_cifar(depth=2), r"Received: depth=2"),
+        lambda: models.resnet((32, 24, 3), 5, 18, 4, learned_epsilon=True),
+        lambda: models.resnet_cifar(depth=8, width=4),
     ],
 )
-def test_arguments_are_checked(call, match):
+def test_networks_are_channels_last_whatever_keras_is_set_to(build, monkeypatch):
+    expected = build()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        model = build()
+    finally:
+        keras.config.set_image_data_format("channels_last")
+    shapes = [[tuple(w.shape) for w in m.weights] for m in (model, expected)]
+    assert shapes[0] == shapes[1]
+    outputs = [[tuple(layer.output.shape) for layer in m.layers] for m in (model, expected)]
+    assert outputs[0] == outputs[1]
+    formats = {getattr(layer, "data_format", "channels_last") for layer in model.layers}
+    assert formats == {"channels_last"}
+
+
+@pytest.mark.parametrize("network", [models.resnet, models.resnet_cifar])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"input_shape": 32},
+        {"input_shape": "32"},
+        {"input_shape": (3,)},
+        {"input_shape": (8, 8, None)},
+        {"input_shape": (32, 32, 0)},
+        {"input_shape": (32, 32.0, 3)},
+        {"input_shape": (32, True, 3)},
+        {"input_shape": (8, 8, 8, 8, 3)},
+        {"depth": [18]},
+        {"depth": 21},
+        {"depth": True},
+        {"depth": "20"},
+        {"classes": 0},
+        {"classes": None},
+        {"width": 1.5},
+        {"width": "wide"},
+    ],
+    ids=str,
+)
+def test_arguments_are_checked(network, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}=") as error:
+        network(**arguments)
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: models.resnet(learned_epsilon="no"), "`learned_epsilon` must be .*Received: .*no"),
+        (lambda: models.resnet_cifar(depth=2), "`depth` must be 6 n . 2. Received: depth=2"),
+        (lambda: models.resnet_cifar((8, 3)), "`input_shape` must be a tuple of 2 spatial sizes"),
+        (lambda: models.resnet_cifar(activation="no"), "`activation` must be .*activation='no'"),
+        (lambda: models.resnet_cifar(activation=7), "`activation` must be .*activation=7"),
+    ],
+)
+def test_arguments_of_one_network_are_checked(call, match):
     with pytest.raises(ValueError, match=match):
         call()
