@@ -157,7 +157,8 @@ def soft_targets(model, x):
 
 
 def converted(model, data=None, ratio=3.0, **kwargs):
-    return keras_frn.replace_batch_normalization(model, data, epsilon_ratio=ratio, **kwargs)
+    kwargs |= {"calibration_data": data, "epsilon_ratio": ratio, "verbose": False}
+    return keras_frn.replace_batch_normalization(model, **kwargs)
 
 
 def baseline(model, copied):

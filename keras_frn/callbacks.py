@@ -1,16 +1,20 @@
 """Callbacks for training with FRN."""
 
-import collections
 import math
 import numbers
+from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from . import graph
-from .layers import TLU, FilterResponseNormalization, epsilon_of
+from .conversion import count_positions
+from .health import list_frn_layers, measure_health, plot_health
+from .layers import FilterResponseNormalization
 from .samples import Samples
+from .typing import CalibrationData, PathLike
+
+__all__ = ["EpsilonScheduler", "FRNMonitor"]
 
 
 class EpsilonScheduler(keras.callbacks.Callback):
@@ -47,10 +51,12 @@ class EpsilonScheduler(keras.callbacks.Callback):
 
     Example:
 
-    >>> frn_model = keras_frn.replace_batch_normalization(bn_model, images[:500])
-    >>> frn_model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
-    >>> scheduler = keras_frn.callbacks.EpsilonScheduler(steps=100)
-    >>> history = frn_model.fit(images, targets, batch_size=4, callbacks=[scheduler], verbose=0)
+    ```python
+    frn_model = keras_frn.replace_batch_normalization(bn_model, calibration_data=images[:500])
+    frn_model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    scheduler = keras_frn.callbacks.EpsilonScheduler(steps=100)
+    history = frn_model.fit(images, targets, batch_size=4, callbacks=[scheduler], verbose=0)
+    ```
 
     Raises:
         ValueError: if an argument is not in its range. When training starts, if the model has no
@@ -86,10 +92,10 @@ class EpsilonScheduler(keras.callbacks.Callback):
         self._is_in_step = False
         self._layers = [
             layer
-            for layer in graph.layers(self.model)
+            for layer in graph.list_layers(self.model)
             if isinstance(layer, FilterResponseNormalization)
             and layer.learned_epsilon is not None
-            and graph.positions(layer) != 1
+            and count_positions(layer) != 1
         ]
         if not self._layers:
             raise ValueError(
@@ -145,56 +151,72 @@ class EpsilonScheduler(keras.callbacks.Callback):
 
 
 class FRNMonitor(keras.callbacks.Callback):
-    """Shows whether the FRN and TLU layers of a model are well, epoch by epoch.
+    """Monitors FRN and TLU layers for dead channels and extreme epsilons, epoch by epoch.
 
     After each epoch it runs some samples through the model, at inference, and takes for each layer
 
-    - `at_tau`, the share of outputs that are at the threshold, and `dead`, the share of channels
-      all of whose outputs are: such a channel gives a constant and learns nothing but tau;
+    - `at_tau`, the fraction of outputs that are at the threshold, and `dead`, the fraction of
+      channels all of whose outputs are: such a channel gives a constant and learns nothing but tau;
     - `epsilon_ratio`, the median over the channels of epsilon / mean square. Far below 1 is FRN as
       in the paper; far above 1 hardly normalizes;
     - `spread`, the largest mean square of a channel over the smallest. At 1e4, a factor of 100
       between channels, plain 8-bit files lose their accuracy, and `export_tflite` keeps it;
-    - the least and the largest gamma, tau and learned epsilon, as `gamma_min`, `gamma_max`, ...
-
-    Args:
-        data: Samples like those of training, of any kind that `export_tflite` takes as calibration
-            data. Some tens are enough; each epoch takes one forward pass over them.
-        per_layer: Whether the logs get each layer's values, as `layer/at_tau`, or those of the
-            whole network: the mean of `at_tau`, the largest `dead` and `spread`, and the median
-            `epsilon_ratio`, as `frn/at_tau`. Defaults to False, as Keras' progress bar prints all
-            logs.
+    - the least and the largest value of each weight, as `gamma_min`, `gamma_max`, ...
 
     Positions that are masked count. The values are in `records`, a list of dicts with the keys
     `epoch`, `layer` and those above, and in Keras' logs: `CSVLogger` and other callbacks after this
     one in the list see them.
 
+    Args:
+        data: Samples like those of training, of any kind that `export_tflite` takes as calibration
+            data. Some tens are enough; each epoch takes one forward pass over them.
+        per_layer: Bool, whether the logs get each layer's values, as `layer/at_tau`, or those of
+            the whole network: the mean of `at_tau`, the largest `dead` and `spread`, and the median
+            `epsilon_ratio`, as `frn/at_tau`. Defaults to False, as Keras' progress bar prints all
+            logs.
+
     Raises:
-        ValueError: when training starts, if the model has no FRN or TLU layer, or the data do not
-            fit it.
+        ValueError: If the model has no FRN or TLU layer, or the data do not fit it: when training
+            starts, or after the first batch of a model that `fit` builds.
 
     Example:
 
-    >>> model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
-    >>> monitor = keras_frn.callbacks.FRNMonitor(images[:32])
-    >>> history = model.fit(images, targets, callbacks=[monitor], verbose=0)
-    >>> monitor.plot("layers.png")"""
+    ```python
+    model.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    monitor = keras_frn.callbacks.FRNMonitor(images[:32])
+    history = model.fit(images, targets, callbacks=[monitor], verbose=0)
+    monitor.plot("layers.png")
+    ```
+    """
 
-    def __init__(self, data, per_layer=False):
+    def __init__(self, data: CalibrationData, *, per_layer: bool = False) -> None:
         super().__init__()
-        self.records = []
-        self._data, self._samples, self._per_layer = data, None, per_layer
+        self.records: list[dict[str, Any]] = []
+        self._data, self._per_layer = data, per_layer
+        self._samples: Samples | None = None
 
-    def on_train_begin(self, logs=None):
-        self._samples = Samples(self.model, self._data)
-        if not frn_layers(self.model):
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        model = self.model
+        if model.built and all(layer.built for layer in graph.list_layers(model)):
+            self._read_data()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        if self._samples is None:
+            self._read_data()
+
+    def _read_data(self) -> None:
+        model = self.model
+        if not list_frn_layers(model):
             raise ValueError(
-                "`model` must have FRN or TLU layers. Received: "
-                f"model={self.model.name!r}. Leave FRNMonitor out."
+                f"`model` must have FRN or TLU layers. Received: model={model.name!r}. Leave "
+                "FRNMonitor out."
             )
+        if self._samples is None:  # a generator cannot be read again for another training
+            self._samples = Samples(model, self._data, argument="data")
 
-    def on_epoch_end(self, epoch, logs=None):
-        rows = health(self.model, self._samples)
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        assert self._samples is not None
+        rows = measure_health(self.model, self._samples)
         self.records += [{"epoch": epoch, **row} for row in rows]
         if logs is None:
             return
@@ -202,92 +224,21 @@ class FRNMonitor(keras.callbacks.Callback):
             for row in rows:
                 logs.update({f"{row['layer']}/{k}": v for k, v in row.items() if k != "layer"})
             return
-        together = {"at_tau": np.mean, "dead": max, "epsilon_ratio": np.median, "spread": max}
+        together: dict[str, Any] = {
+            "at_tau": np.mean,
+            "dead": max,
+            "epsilon_ratio": np.median,
+            "spread": max,
+        }
         for key, of in together.items():
             values = [row[key] for row in rows if key in row]
             if values:
                 logs[f"frn/{key}"] = float(of(values))
 
-    def plot(self, path):
-        """Draws the values, layer by layer, a line for each epoch. Needs matplotlib."""
+    def plot(self, path: PathLike) -> None:
+        """Draws the values, layer by layer, a line for each epoch. Needs matplotlib.
+
+        Args:
+            path: The picture to write, of any kind that matplotlib writes.
+        """
         plot_health(self.records, path)
-
-
-def frn_layers(model):
-    """The FRN and TLU layers of a model, those inside of other layers included."""
-    kinds = (FilterResponseNormalization, TLU)
-    return [layer for layer in graph.layers(model) if isinstance(layer, kinds)]
-
-
-def health(model, samples):
-    """A dict for each FRN and TLU layer that runs: its name, and the values of `FRNMonitor`."""
-    mean_squares, shares = collections.defaultdict(list), collections.defaultdict(list)
-
-    def means(values, axes):
-        """The mean of each sample."""
-        values = ops.cast(values, "float32")
-        return ops.convert_to_numpy(ops.mean(values, axes) if axes else values)
-
-    def watch(layer, x, z, _):
-        kept = {axis % len(x.shape) for axis in np.ravel(layer.axis).tolist()}
-        axes = [axis for axis in range(1, len(x.shape)) if axis not in kept]
-        x = ops.cast(x, "float32")
-        mean_squares[layer].extend(means(x * x, axes))
-        if getattr(layer, "tau", None) is not None and layer.alpha is None:
-            tau = ops.cast(ops.expand_dims(layer.tau, [0, *axes]), z.dtype)
-            shares[layer].extend(means(z <= tau, axes))
-
-    layers = frn_layers(model)
-    with graph.watched(layers, watch):
-        for batch in samples:
-            model(graph.inputs_like(model, batch), training=False)
-    rows = []
-    for layer in layers:
-        row = {"layer": layer.name}
-        if shares[layer]:
-            share = np.mean(shares[layer], axis=0)
-            row |= {"at_tau": float(share.mean()), "dead": float((share == 1).mean())}
-        if isinstance(layer, FilterResponseNormalization) and mean_squares[layer]:
-            nu2 = np.maximum(np.mean(mean_squares[layer], axis=0), np.finfo("float32").tiny)
-            row["epsilon_ratio"] = float(np.median(epsilon_of(layer) / nu2))
-            row["spread"] = float(nu2.max() / nu2.min())
-        for weight in layer.weights:
-            values = ops.convert_to_numpy(weight)
-            row |= {f"{weight.name}_min": float(values.min())}
-            row |= {f"{weight.name}_max": float(values.max())}
-        rows.append(row)
-    return rows
-
-
-_PANELS = {
-    "outputs at tau": ["at_tau"],
-    "dead channels": ["dead"],
-    "epsilon / mean square": ["epsilon_ratio"],
-    "largest / smallest mean square": ["spread"],
-    "gamma, least and largest": ["gamma_min", "gamma_max"],
-    "tau, least and largest": ["tau_min", "tau_max"],
-}
-
-
-def plot_health(records, path):
-    """Draws `FRNMonitor.records` into a file. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    epochs = sorted({record.get("epoch", 0) for record in records})
-    layers = list(dict.fromkeys(record["layer"] for record in records))
-    for axes, (title, keys) in zip(figure.subplots(2, 3).flat, _PANELS.items(), strict=True):
-        for number, epoch in enumerate(epochs):
-            rows = [record for record in records if record.get("epoch", 0) == epoch]
-            for key in keys:
-                points = [(layers.index(r["layer"]) + 1, r[key]) for r in rows if key in r]
-                shade = str(0.8 * (1 - (number + 1) / len(epochs)))  # the last epoch is black
-                if points:
-                    axes.plot(*zip(*points), ".-", color=shade)
-        is_share = keys[0] in ("at_tau", "dead")
-        is_ratio = keys[0] in ("epsilon_ratio", "spread")
-        axes.set(title=title, xlabel="layer", yscale="log" if is_ratio else "linear")
-        axes.set(xlim=(0, len(layers) + 1), ylim=(-0.05, 1.05) if is_share else None)
-    figure.savefig(path, dpi=120)

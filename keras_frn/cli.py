@@ -17,12 +17,12 @@ import numpy as np
 
 from . import __version__, graph
 from .addons.loading import load_addons_model
-from .callbacks import frn_layers, health, plot_health
 from .conversion import replace_batch_normalization
 from .demo import run
 from .errors import ArgumentError, ArgumentWarning
 from .export import export_tflite
 from .export.quantization import PRESETS
+from .health import list_frn_layers, measure_health, plot_health
 from .samples import Samples
 
 __all__ = ["main"]
@@ -165,10 +165,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _print_layers(model)
     if data is None:
         return
-    if not frn_layers(model):
+    if not list_frn_layers(model):
         found = f"Received: {arguments.model}, which has none."
         raise ArgumentError("model", f"must have FRN or TLU layers to show with `--data`. {found}")
-    rows = health(model, Samples(model, data))
+    rows = measure_health(model, Samples(model, data))
     width = max(len(row["layer"]) for row in rows)
     columns = ("at_tau", "dead", "epsilon_ratio", "spread")
     print(f"\n{'':{width}}", *(f"{name:>13}" for name in columns))
@@ -181,7 +181,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _print_layers(model: keras.Model) -> None:
-    layers = frn_layers(model)
+    layers = list_frn_layers(model)
     print(f"{model.name}: {len(layers)} FRN and TLU layers, {model.count_params():,} parameters")
     if count := _count_batch_normalizations(model):
         print(f"{count} BatchNormalization layers, which `keras-frn convert` turns into FRN")

@@ -1,36 +1,60 @@
-"""The one way to read and to copy the wiring of a functional or Sequential model."""
+"""The layers of a model and how they are wired: read, run step by step, and copied.
+
+This is the one module that touches what is private in Keras: `_flatten_layers`, the nodes of a
+functional model, and the mask of a tensor.
+"""
 
 import collections
 import contextlib
 import dataclasses
-import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import keras
 
+from .typing import Tensor
 
-def is_graph(layer):
+__all__ = [
+    "Call",
+    "Step",
+    "Value",
+    "Wiring",
+    "copy",
+    "copy_layer",
+    "copy_trainable",
+    "copy_weights",
+    "inputs_like",
+    "is_graph",
+    "list_layers",
+    "replace_call",
+    "unroll",
+    "watch_calls",
+]
+
+
+def is_graph(layer: Any) -> TypeGuard[keras.Model]:
     """Whether a layer is a model whose wiring is known."""
     return isinstance(layer, keras.Model) and isinstance(layer, (keras.Sequential, keras.Function))
 
 
-def layers(model):
+def list_layers(model: keras.Layer) -> list[keras.Layer]:
     """Lists every layer of a model once, those inside of other layers and models included."""
-    return model._flatten_layers(include_self=False)
+    return list(model._flatten_layers(include_self=False))
 
 
-def positions(layer):
-    """The number of spatial positions that a normalization sees, or None where it may change."""
-    shape = list(layer.get_build_config()["input_shape"])
-    del shape[layer.axis], shape[0]
-    return None if None in shape else math.prod(shape)
+def replace_call(layer: keras.Layer, call: Callable[..., Any]) -> None:
+    """Gives this one layer another `call`."""
+    vars(layer)["call"] = call  # past Keras' and PyTorch's own ways of setting an attribute
 
 
 @contextlib.contextmanager
-def watched(layers, watch):
+def watch_calls(
+    layers: Iterable[keras.Layer], watch: Callable[[Any, Tensor, Tensor, Tensor], None]
+) -> Iterator[None]:
     """While it lasts, each eager call of these layers ends in `watch(layer, x, outputs, mask)`."""
 
-    def watching(layer, call):
-        def watched_call(x, *args, mask=None, **kwargs):
+    def watching(layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched_call(x: Tensor, *args: Any, mask: Tensor = None, **kwargs: Any) -> Any:
             options = kwargs if mask is None else {**kwargs, "mask": mask}
             outputs = call(x, *args, **options)
             watch(layer, x, outputs, mask)
@@ -40,38 +64,44 @@ def watched(layers, watch):
 
     layers = list(layers)
     try:
-        for layer in layers:  # past Keras' and PyTorch's own ways of setting an attribute
-            vars(layer)["call"] = watching(layer, layer.call)
+        for layer in layers:
+            replace_call(layer, watching(layer, layer.call))
         yield
     finally:
         for layer in layers:
             vars(layer).pop("call", None)
 
 
-def inputs_like(model, arrays):
+def inputs_like(model: keras.Model, arrays: Sequence[Tensor]) -> Any:
     """Arrays in the order of `model.inputs`, nested as the model takes them."""
     return keras.tree.pack_sequence_as(_ends(model)[0], arrays)
 
 
-def _ends(model):
+def _ends(model: keras.Model) -> tuple[Any, Any]:
     """The symbolic inputs and outputs, nested as they are."""
     if isinstance(model, keras.Sequential):
         return model.inputs[0], model.outputs[0]
     return model.input, model.output
 
 
-def _plain(model):
+def _plain(model: keras.Model) -> keras.Model:
     """The same wiring as a plain functional model, without a compiled state or a config."""
     return keras.Model(*_ends(model), name=model.name)
+
+
+def _nodes(plain: keras.Model) -> Iterator[Any]:
+    """The calls in a functional model as Keras keeps them, in the order of execution."""
+    for depth in sorted(plain._nodes_by_depth, reverse=True):
+        yield from (node for node in plain._nodes_by_depth[depth] if not node.is_input)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
     """One call of a layer: the symbolic tensors that it reads and those that it gives."""
 
-    layer: object
-    inputs: list
-    outputs: list
+    layer: Any
+    inputs: list[keras.KerasTensor]
+    outputs: list[keras.KerasTensor]
 
 
 class Wiring:
@@ -82,12 +112,13 @@ class Wiring:
     outputs. `calls` is in the order of execution, and `inputs` are those of the model.
     """
 
-    def __init__(self, model):
-        scopes = {}
+    def __init__(self, model: keras.Model) -> None:
+        scopes: dict[keras.Model, tuple[list[Any], list[Any]]] = {}
         calls = list(_calls(model, scopes))
         count = collections.Counter(call.layer for call in calls)
         opened = [c for c in calls if is_graph(c.layer) and count[c.layer] == 1]
-        self._same, crossing = {}, []
+        self._same: dict[int, keras.KerasTensor] = {}
+        crossing: list[keras.KerasTensor] = []
         for call in opened:
             inputs, outputs = scopes[call.layer]
             self._same |= {id(inside): outside for inside, outside in zip(inputs, call.inputs)}
@@ -96,8 +127,9 @@ class Wiring:
                 crossing += call.inputs + call.outputs
         self.inputs = [self._tensor(tensor) for tensor in scopes[model][0]]
         self._checked = {id(self._tensor(tensor)) for tensor in crossing}
-        self._makers, self._readers = {}, collections.defaultdict(list)
-        self.calls = []
+        self._producers: dict[int, Call] = {}
+        self._consumers: dict[int, list[Call | None]] = collections.defaultdict(list)
+        self.calls: list[Call] = []
         for call in calls:
             if call in opened:
                 continue
@@ -105,76 +137,148 @@ class Wiring:
             call = Call(call.layer, *tensors)
             self.calls.append(call)
             for tensor in call.inputs:
-                self._readers[id(tensor)].append(call)
+                self._consumers[id(tensor)].append(call)
             for tensor in call.outputs:
-                self._makers[id(tensor)] = call
+                self._producers[id(tensor)] = call
         closed = {call.layer for call in self.calls if is_graph(call.layer)}
         for graph in (model, *closed):
             for tensor in scopes[graph][1]:
-                self._readers[id(self._tensor(tensor))].append(None)
+                self._consumers[id(self._tensor(tensor))].append(None)
 
-    def _tensor(self, tensor):
+    def _tensor(self, tensor: keras.KerasTensor) -> keras.KerasTensor:
         """The one tensor that stands for all that are the same across borders."""
         while id(tensor) in self._same:
             tensor = self._same[id(tensor)]
         return tensor
 
-    def calls_of(self, layer):
+    def calls_of(self, layer: Any) -> list[Call]:
         """The calls of one layer."""
         return [call for call in self.calls if call.layer is layer]
 
-    def maker(self, tensor):
+    def producer(self, tensor: keras.KerasTensor) -> Call | None:
         """The call that gives a tensor, or None for an input."""
-        return self._makers.get(id(tensor))
+        return self._producers.get(id(tensor))
 
-    def readers(self, tensor):
+    def consumers(self, tensor: keras.KerasTensor) -> list[Call | None]:
         """The calls that read a tensor, and a None for each time that it is an output."""
-        return self._readers[id(tensor)]
+        return self._consumers[id(tensor)]
 
-    def is_checked(self, tensor):
+    maker, readers = producer, consumers
+
+    def is_checked(self, tensor: keras.KerasTensor) -> bool:
         """Whether a functional model compares the sizes of the tensor with what it was built on."""
         return id(tensor) in self._checked
 
 
-def _calls(model, scopes):
+def _calls(model: keras.Model, scopes: dict[keras.Model, Any]) -> Iterator[Call]:
     """The calls in a model and in those inside it. `scopes` gets the inputs and outputs of each."""
-    plain, own = _plain(model), {}
+    plain = _plain(model)
+    own: dict[int, keras.KerasTensor] = {}
 
-    def tensors(symbolic):
+    def tensors(symbolic: Iterable[keras.KerasTensor]) -> list[keras.KerasTensor]:
         # Two models may have been built on the same symbolic tensor, which is not the same in both.
         return [own.setdefault(id(t), keras.KerasTensor(t.shape, t.dtype)) for t in symbolic]
 
     scopes[model] = tensors(plain.inputs), tensors(plain.outputs)
-    for depth in sorted(plain._nodes_by_depth, reverse=True):
-        for node in plain._nodes_by_depth[depth]:
-            if node.is_input:
-                continue
-            yield Call(node.operation, tensors(node.input_tensors), tensors(node.outputs))
-            if is_graph(node.operation) and node.operation not in scopes:
-                yield from _calls(node.operation, scopes)
+    for node in _nodes(plain):
+        yield Call(node.operation, tensors(node.input_tensors), tensors(node.outputs))
+        if is_graph(node.operation) and node.operation not in scopes:
+            yield from _calls(node.operation, scopes)
 
 
-def copy(model, copy_one, input_dtype=str):
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What a symbolic tensor is for one batch: arrays, with the mask that travels with a tensor."""
+
+    array: Any
+    mask: Any = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One call of a layer in the forward pass of a model, with a key for each tensor.
+
+    Attributes:
+        layer: The layer, or operation of `keras.ops`.
+        inputs: The keys of what it reads.
+        outputs: The keys of what it gives.
+    """
+
+    layer: Any
+    inputs: list[object]
+    outputs: list[object]
+    _node: Any
+
+    def run(self, values: Iterable[Value]) -> list[Value]:
+        """Calls the layer at inference on the values of `inputs`; returns those of `outputs`."""
+        tensors = {}
+        for symbolic, value in zip(self._node.input_tensors, values, strict=True):
+            tensor = keras.ops.convert_to_tensor(value.array, dtype=symbolic.dtype)
+            if value.mask is not None:
+                tensor._keras_mask = keras.ops.convert_to_tensor(value.mask)
+            tensors[id(symbolic)] = tensor
+        args, kwargs = self._node.arguments.fill_in(tensors)
+        if getattr(self.layer, "_call_has_training_arg", False):
+            kwargs["training"] = False
+        outputs = keras.tree.flatten(self.layer(*args, **kwargs))
+        masks = [getattr(tensor, "_keras_mask", None) for tensor in outputs]
+        array = keras.ops.convert_to_numpy
+        return [
+            Value(array(tensor), None if mask is None else array(mask))
+            for tensor, mask in zip(outputs, masks)
+        ]
+
+
+def unroll(model: keras.Model) -> tuple[list[Step], list[object]]:
+    """The forward pass of a model as steps in their order, and the keys of its inputs.
+
+    Nested models are replaced by what is inside, at each of their calls.
+    """
+    steps: list[Step] = []
+
+    def add(model: keras.Model, inputs: list[object]) -> list[object]:
+        plain = _plain(model)
+        keys = {id(tensor): key for tensor, key in zip(plain.inputs, inputs)}
+        for node in _nodes(plain):
+            read = [keys[id(tensor)] for tensor in node.input_tensors]
+            if is_graph(node.operation):
+                given = add(node.operation, read)
+            else:
+                given = [object() for _ in node.outputs]
+                steps.append(Step(node.operation, read, given, node))
+            keys |= {id(tensor): key for tensor, key in zip(node.outputs, given)}
+        return [keys[id(tensor)] for tensor in plain.outputs]
+
+    inputs: list[object] = [object() for _ in model.inputs]
+    add(model, inputs)
+    return steps, inputs
+
+
+def copy(
+    model: keras.Model,
+    copy_one: Callable[[Any], Any],
+    input_dtype: Callable[[str], str] = str,
+) -> tuple[keras.Model, dict[Any, Any]]:
     """Copies a model, with new layers in the old wiring.
 
     `copy_one` gives the layer in the place of each layer that is no model, and `input_dtype` the
     dtype in the place of that of an input. Returns the copy, and a dict from each layer to its
     copy, outer models first.
     """
-    copies = {}
+    copies: dict[Any, Any] = {}
 
-    def input_like(x):
+    def input_like(x: keras.KerasTensor) -> keras.KerasTensor:
         # `clone_model` itself would name the inputs after the tensors.
         name = x._keras_history.operation.name
         dtype = input_dtype(x.dtype)
         return keras.Input(batch_shape=x.shape, dtype=dtype, sparse=x.sparse, name=name)
 
-    def copied(layer):
+    def copied(layer: Any) -> Any:
         if layer not in copies:
             copies[layer] = copied_graph(layer) if is_graph(layer) else copy_one(layer)
         return copies[layer]
 
-    def copied_graph(graph):
+    def copied_graph(graph: keras.Model) -> keras.Model:
         if isinstance(graph, keras.Sequential):
             stack = [input_like(graph.inputs[0]), *map(copied, graph.layers)]
             return keras.Sequential(stack, name=graph.name)
@@ -185,7 +289,11 @@ def copy(model, copy_one, input_dtype=str):
     return result, dict(reversed(copies.items()))
 
 
-def copy_layer(layer, config=None, layer_class=None):
+def copy_layer(
+    layer: Any,
+    config: dict[str, Any] | None = None,
+    layer_class: type[keras.Layer] | None = None,
+) -> Any:
     """A new layer, of this layer's config and class unless others are given."""
     config = layer.get_config() if config is None else config
     if type(layer) is keras.layers.Lambda:
@@ -197,7 +305,7 @@ def copy_layer(layer, config=None, layer_class=None):
     return (layer_class or type(layer)).from_config(config)
 
 
-def copy_weights(layer, copy):
+def copy_weights(layer: Any, copy: Any) -> None:
     """Gives a copy its layer's weights."""
     if not isinstance(layer, keras.Layer) or is_graph(layer):
         return
@@ -206,9 +314,13 @@ def copy_weights(layer, copy):
         copy.finalize_state()  # of a layer that was adapted to data
 
 
-def copy_trainable(copies):
+def copy_trainable(copies: Mapping[Any, Any]) -> None:
     """Gives copies the trainable flags of their layers."""
     # A model hands its flag to its layers, so that the inner ones come last.
     for layer, copy in copies.items():
         if isinstance(layer, keras.Layer) and copy.trainable != layer.trainable:
             copy.trainable = layer.trainable
+
+
+# Until all callers have the new names.
+layers, watched = list_layers, watch_calls

@@ -2,28 +2,27 @@
 
 import itertools
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from . import graph
+from .errors import ArgumentError, ArgumentWarning
+from .plausibility import describe_doubts
+from .typing import CalibrationData
+
+__all__ = ["BATCH_SIZE", "MAX_SAMPLES", "Samples"]
 
 # More samples than these are not read.
 MAX_SAMPLES = 2048
 # One batch of this size is in memory at a time.
 BATCH_SIZE = 32
-# Layers at a model's inputs that show what inputs it was made for: behind them the standard
-# deviation is about one, and 255 times that for images that were not divided by 255.
-_KNOWING = (
-    keras.layers.Normalization,
-    keras.layers.Rescaling,
-    keras.layers.BatchNormalization,
-)
-_LEAST, _MOST = 0.02, 20
 
 
 class Samples:
-    """Calibration data as batches, each a list of arrays in the order of `model.inputs`.
+    """Calibration data as batches, each a list of arrays in the order of the model's inputs.
 
     It can be iterated again and again. An array is read batch by batch; what comes from an iterable
     is kept. `count` is the number of samples, and `ranges` has a pair of the least and the largest
@@ -37,97 +36,92 @@ class Samples:
             inputs or `(inputs, targets)`; or a function that returns such an iterable. None is no
             data.
         specs: A `keras.InputSpec` for each input, whose shapes the data must have. Defaults to
-            the model's own inputs, where it has symbolic ones.
+            the model's own inputs.
         least: The number of different samples below which a warning says that they are few.
             Defaults to 1.
+        argument: What the caller's user calls the data, for errors and warnings. Defaults to
+            `"calibration_data"`.
 
     Raises:
-        ValueError: if the model is not built, or if the data are empty, not finite or do not fit
+        ValueError: If the model is not built, or if the data are empty, not finite or do not fit
             its inputs.
     """
 
-    def __init__(self, model, data, specs=(), least=1):
+    def __init__(
+        self,
+        model: keras.Model,
+        data: CalibrationData | None,
+        specs: Sequence[keras.InputSpec] = (),
+        least: int = 1,
+        *,
+        argument: str = "calibration_data",
+    ) -> None:
         if not isinstance(model, keras.Model) or not model.built:
             raise ValueError(
                 f"`model` must be a built Keras model. Received: model={model!r}. Call it on data."
             )
-        self._inputs = list(specs or (model.inputs if graph.is_graph(model) else ()))
+        self._argument = argument
+        self._nested = _nest_specs(model)
+        told = [] if self._nested is None else keras.tree.flatten(self._nested)
+        self._inputs: list[Any] = list(specs) or told
         # A model of a fixed batch size gets full batches.
-        self.fixed_size = self._inputs[0].shape[0] if self._inputs else None
-        self._parts, self.count = [], 0
+        self.fixed_size: int | None = self._inputs[0].shape[0] if self._inputs else None
+        self._parts: list[list[Any]] = []
+        self.count = 0
         for element in [] if data is None else self._elements(data):
             part = self._flat(element)
             self._parts.append(part)
-            self.count += _length(part)
+            self.count += self._length(part)
             if self.count >= MAX_SAMPLES:
                 break
         if data is not None and not self.count:
-            raise ValueError(
-                "`calibration_data` must hold at least one sample. Received: nothing. A generator "
-                "that was used before is empty."
+            raise self._error(
+                "must hold at least one sample. Received: nothing. A generator that was used "
+                "before is empty."
             )
-        different = set()
-        self.ranges = []
+        different: set[int] = set()
+        self.ranges: list[tuple[Any, Any]] = []
         for batch in self:
             if any(a.dtype.kind == "f" and not np.isfinite(a).all() for a in batch):
-                raise ValueError(
-                    "`calibration_data` must be finite. Received: an array with NaN or infinity. "
-                    "Remove it."
+                raise self._error(
+                    "must be finite. Received: an array with NaN or infinity. Remove it."
                 )
             different |= {hash(b"".join(row.tobytes() for row in rows)) for rows in zip(*batch)}
             ends = [(array.min(), array.max()) for array in batch]
             pairs = zip(self.ranges or ends, ends)
             self.ranges = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in pairs]
-        self.warnings = [*self._uniform(), *self._unlike(model)] if self.count else []
+        doubts = list(describe_doubts(model, self, self.ranges))
         if self.count and len(different) < least:
-            self.warnings.append(
-                f"`calibration_data` has {len(different)} different samples. Pass 100 or more: so "
-                "few do not show the range of each channel."
+            doubts.append(
+                f"has {len(different)} different samples. Pass 100 or more: so few do not show the "
+                "range of each channel."
             )
-        for text in self.warnings:
-            warnings.warn(text, stacklevel=3)
+        found = [ArgumentWarning(argument, text) for text in doubts]
+        self.warnings = [str(warning) for warning in found]
+        for warning in found:
+            warnings.warn(warning, stacklevel=3)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[Any]]:
         for part in self._parts:
-            length, step = _length(part), self.fixed_size or BATCH_SIZE
+            length, step = self._length(part), self.fixed_size or BATCH_SIZE
             for start in range(0, length, step):
                 batch = [self._array(i, x[start : start + step]) for i, x in enumerate(part)]
                 rows = np.arange(step) % len(batch[0])
                 yield [array[rows] if self.fixed_size else array for array in batch]
 
-    def _array(self, i, rows):
+    def nest(self, batch: list[Any]) -> Any:
+        """A batch, nested as the model takes it."""
+        return keras.tree.pack_sequence_as(self._nested, batch)
+
+    def _array(self, i: int, rows: Any) -> Any:
         rows = keras.ops.convert_to_numpy(rows)
-        dtype = self._inputs[i].dtype if self._inputs else rows.dtype
+        dtype = (self._inputs and self._inputs[i].dtype) or rows.dtype
         return rows.astype("float32") if keras.backend.is_float_dtype(str(dtype)) else rows
 
-    def _uniform(self):
-        """Sentences about inputs that are the same everywhere."""
-        for i, (low, high) in enumerate(self.ranges):
-            if float(high) - float(low) <= 1e-3 * max(abs(float(low)), abs(float(high))):
-                yield (
-                    f"`calibration_data` hardly varies: input {i} is from {low:.6g} to "
-                    f"{high:.6g}. Pass inputs like those at inference."
-                )
+    def _error(self, text: str) -> ArgumentError:
+        return ArgumentError(self._argument, text)
 
-    def _unlike(self, model):
-        """Sentences about inputs that the model's first layers were not made for."""
-        wiring = graph.Wiring(model) if graph.is_graph(model) else None
-        for call in wiring.calls if wiring else []:
-            if type(call.layer) not in _KNOWING or call.inputs[0] not in wiring.inputs:
-                continue
-            i = wiring.inputs.index(call.inputs[0])
-            outputs = [keras.ops.convert_to_numpy(call.layer(batch[i])) for batch in self]
-            mean = np.mean([np.mean(y, dtype="float64") for y in outputs])
-            deviation = np.sqrt(np.mean([np.mean((y - mean) ** 2) for y in outputs]))
-            if abs(mean) > _MOST or not _LEAST < deviation < _MOST:
-                low, high = self.ranges[i]
-                yield (
-                    f"`calibration_data` is from {low:.6g} to {high:.6g} in input {i}, which "
-                    f"{call.layer.name} was not made for: behind it the mean is {mean:.3g} and the "
-                    f"standard deviation {deviation:.3g}. Prepare it as for `model.predict`."
-                )
-
-    def _elements(self, data):
+    def _elements(self, data: Any) -> Iterable[Any]:
         """The inputs of one batch after the other."""
         if callable(data):
             data = data()  # a generator function, as TFLite's guides write it
@@ -145,15 +139,17 @@ class Samples:
             for element in data
         )
 
-    def _is_one_per_input(self, data):
+    def _is_one_per_input(self, data: Any) -> bool:
         return (
             isinstance(data, (list, tuple))
             and len(self._inputs) == len(data) > 1
             and all(hasattr(array, "shape") for array in data)
         )
 
-    def _flat(self, element):
+    def _flat(self, element: Any) -> list[Any]:
         """The arrays of a batch, each of the rank of its input."""
+        if self._nested is None:
+            self._nested = keras.tree.map_structure(lambda _: 0, element)
         names = [tensor.name for tensor in self._inputs]
         if isinstance(element, dict) and set(element) == set(names):
             element = [element[name] for name in names]
@@ -162,10 +158,9 @@ class Samples:
             for array in keras.tree.flatten(element)
         ]
         if self._inputs and len(arrays) != len(names):
-            raise ValueError(
-                f"`calibration_data` must hold {len(names)} inputs per sample. Received: "
-                f"{len(arrays)}. Pass a list in the order of `model.inputs`, or a dict of their "
-                "names."
+            raise self._error(
+                f"must hold {len(names)} inputs per sample. Received: {len(arrays)}. Pass a list "
+                "in the order of `model.inputs`, or a dict of their names."
             )
         for i, tensor in enumerate(self._inputs):
             shape, rank = tuple(arrays[i].shape), len(tensor.shape)
@@ -173,20 +168,30 @@ class Samples:
             if len(sizes) != rank - 1 or any(
                 size not in (None, given) for given, size in zip(sizes, tensor.shape[1:])
             ):
-                raise ValueError(
-                    f"`calibration_data` must have the shape of the model's inputs, {tensor.shape}."
-                    f" Received: an array of shape {shape}. Prepare it as for `model.predict`."
+                raise self._error(
+                    f"must have the shape of the model's inputs, {tensor.shape}. Received: an "
+                    f"array of shape {shape}. Prepare it as for `model.predict`."
                 )
             if len(shape) < rank:
                 arrays[i] = np.asarray(arrays[i])[None]
         return arrays
 
+    def _length(self, part: list[Any]) -> int:
+        lengths = {int(array.shape[0]) for array in part}
+        if len(lengths) != 1:
+            raise self._error(
+                f"must hold arrays of one length. Received: lengths {sorted(lengths)}. Pass what "
+                "`model.predict` takes."
+            )
+        return min(*lengths, MAX_SAMPLES)
 
-def _length(part):
-    lengths = {int(array.shape[0]) for array in part}
-    if len(lengths) != 1:
-        raise ValueError(
-            "`calibration_data` must hold arrays of one length. Received: lengths "
-            f"{sorted(lengths)}. Pass what `model.predict` takes."
-        )
-    return min(*lengths, MAX_SAMPLES)
+
+def _nest_specs(model: keras.Model) -> Any:
+    """What a model tells of its inputs, nested as it takes them; None if it tells nothing."""
+    if graph.is_graph(model):
+        return graph.inputs_like(model, model.inputs)
+    shapes = (model.get_build_config() or {}).get("input_shape")
+    # A subclass was built on the sizes of some data, and takes others.
+    return shapes and keras.tree.map_shape_structure(
+        lambda shape: keras.InputSpec(shape=(None,) * len(shape)), shapes
+    )

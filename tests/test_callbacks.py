@@ -7,8 +7,9 @@ from backends import numpy
 from keras import layers
 
 from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
-from keras_frn.callbacks import EpsilonScheduler, FRNMonitor, health
+from keras_frn.callbacks import EpsilonScheduler, FRNMonitor
 from keras_frn.conversion import replace_batch_normalization
+from keras_frn.health import measure_health
 from keras_frn.samples import Samples
 
 
@@ -26,7 +27,7 @@ def _converted(rng, ratio=3.0):
         ]
     )
     x = rng.normal(size=(16, 8, 8, 3)).astype("float32")
-    model = replace_batch_normalization(model, x, epsilon_ratio=ratio)
+    model = replace_batch_normalization(model, calibration_data=x, epsilon_ratio=ratio)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     return model, x, np.zeros((16, 2))
 
@@ -253,7 +254,7 @@ def test_monitor_counts_each_sample_once(rng):
     model = keras.Sequential([keras.Input((4, 3)), frn])
     x = rng.normal(size=(40, 4, 3)).astype("float32")
     x[32:] *= 10
-    (row,) = health(model, Samples(model, x))
+    (row,) = measure_health(model, Samples(model, x))
     mean_square = np.mean(x.astype("float64") ** 2, (0, 1))
     rtol = 1e-5  # sums in float32
     assert row["epsilon_ratio"] == pytest.approx(np.median(1 / mean_square), rtol)
@@ -265,3 +266,91 @@ def test_monitor_of_a_model_without_frn(rng):
     x = rng.normal(size=(4, 3))
     with pytest.raises(ValueError, match=r"`model` must have FRN or TLU layers\. Received: model"):
         model.fit(x, np.zeros((4, 2)), verbose=0, callbacks=[FRNMonitor(x)])
+
+
+class Subclass(keras.Model):
+    """Its layers exist before it is built, or are made when it is."""
+
+    def __init__(self, is_late):
+        super().__init__()
+        self.is_late = is_late
+        if not is_late:
+            self.make()
+
+    def make(self):
+        self.frn = FilterResponseNormalizationTLU(epsilon=1.0, name="frn")
+        self.head = keras.Sequential([layers.Flatten(), layers.Dense(2)])
+
+    def build(self, input_shape):
+        if self.is_late:
+            self.make()
+        shape = input_shape["a"] if isinstance(input_shape, dict) else input_shape
+        shape = shape[0] if isinstance(shape, list) else shape
+        self.frn.build(shape)
+        self.head.build(shape)
+        self.built = True
+
+    def call(self, inputs):
+        if isinstance(inputs, dict):
+            inputs = [inputs["a"], inputs["b"]]
+        inputs = inputs[0] - inputs[1] if isinstance(inputs, (list, tuple)) else inputs
+        return self.head(self.frn(inputs))
+
+
+class Unprepared(Subclass):
+    """Keras finds by itself how to build it."""
+
+    build = keras.Model.build
+
+
+UNBUILT = {
+    "subclass": lambda: Unprepared(is_late=False),
+    "subclass with its own build": lambda: Subclass(is_late=False),
+    "subclass that makes its layers in build": lambda: Subclass(is_late=True),
+    "Sequential": lambda: keras.Sequential(
+        [
+            FilterResponseNormalizationTLU(epsilon=1.0, name="frn"),
+            layers.Flatten(),
+            layers.Dense(2),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+@pytest.mark.parametrize("kind", UNBUILT)
+def test_monitor_of_models_without_symbolic_inputs(kind, is_built, rng):
+    model = UNBUILT[kind]()
+    x = rng.normal(size=(12, 4, 3)).astype("float32")
+    if is_built:
+        model(x)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    monitor = FRNMonitor(x)
+    for _ in range(2):
+        model.fit(x, np.zeros((12, 2)), batch_size=4, verbose=0, callbacks=[monitor])
+    assert len(monitor.records) == 2
+    expected = np.median(1 / np.mean(x.astype("float64") ** 2, (0, 1)))
+    assert monitor.records[0]["epsilon_ratio"] == pytest.approx(expected, 1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("nest", [lambda a, b: [a, b], lambda a, b: {"a": a, "b": b}])
+def test_monitor_of_a_subclass_with_two_inputs(nest, rng):
+    a, b = rng.normal(size=(2, 12, 4, 3)).astype("float32")
+    model = Unprepared(is_late=False)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    monitor = FRNMonitor(nest(a, b))
+    model.fit(nest(a, b), np.zeros((12, 2)), verbose=0, callbacks=[monitor])
+    expected = np.median(1 / np.mean((a - b).astype("float64") ** 2, (0, 1)))
+    assert monitor.records[0]["epsilon_ratio"] == pytest.approx(expected, 1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+def test_monitor_calls_its_data_by_their_name(is_built, rng):
+    model = UNBUILT["Sequential"]()
+    x = rng.normal(size=(4, 4, 3)).astype("float32")
+    if is_built:
+        model(x)
+    model.compile("sgd", "mse")
+    for data, match in ((x[..., :2, 0], "have the shape"), (x * np.inf, "be finite"), ([], "hold")):
+        with pytest.raises(ValueError, match=f"^`data` must {match}"):
+            model.fit(x, np.zeros((4, 2)), verbose=0, callbacks=[FRNMonitor(data)])

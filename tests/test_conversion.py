@@ -28,8 +28,9 @@ def _outputs_without_gradients(request):
         yield
 
 
-def _convert(model, *args, **kwargs):
-    return replace_batch_normalization(model, *args, **kwargs)
+def _convert(model, data=None, **kwargs):
+    kwargs = {"calibration_data": data, "verbose": False, **kwargs}
+    return replace_batch_normalization(model, **kwargs)
 
 
 def _report(model, **kwargs):

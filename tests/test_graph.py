@@ -27,19 +27,19 @@ def test_wiring_sees_through_a_nested_model_that_is_called_once():
     assert names(wiring.calls) == order
     by_name = dict(zip(order, wiring.calls))
     (tensor,) = by_name["inside"].inputs
-    assert names([wiring.maker(tensor)]) == ["first"]
-    assert names(wiring.readers(tensor)) == ["inside"]
-    assert names(wiring.readers(by_name["inside"].outputs[0])) == ["between"]
+    assert names([wiring.producer(tensor)]) == ["first"]
+    assert names(wiring.consumers(tensor)) == ["inside"]
+    assert names(wiring.consumers(by_name["inside"].outputs[0])) == ["between"]
 
 
 def test_a_nested_model_that_is_called_twice_has_ends_of_its_own():
     wiring = graph.Wiring(nested())
     shared = next(call for call in wiring.calls if call.layer.name == "shared")
-    assert wiring.maker(shared.inputs[0]) is None
-    assert wiring.readers(shared.outputs[0]) == [None]
+    assert wiring.producer(shared.inputs[0]) is None
+    assert wiring.consumers(shared.outputs[0]) == [None]
     add = wiring.calls[-1]
-    assert names(wiring.readers(add.inputs[0])) == ["sum", "sum"]
-    assert wiring.readers(add.outputs[0]) == [None]
+    assert names(wiring.consumers(add.inputs[0])) == ["sum", "sum"]
+    assert wiring.consumers(add.outputs[0]) == [None]
 
 
 def test_one_symbolic_tensor_in_two_models_is_two_tensors():
@@ -48,7 +48,7 @@ def test_one_symbolic_tensor_in_two_models_is_two_tensors():
     model = keras.Sequential([inputs, keras.Model(inputs, x), layers.ReLU(name="last")])
     wiring = graph.Wiring(model)
     assert names(wiring.calls) == ["inside", "last"]
-    assert wiring.maker(wiring.calls[0].inputs[0]) is None
+    assert wiring.producer(wiring.calls[0].inputs[0]) is None
 
 
 def test_a_copy_has_new_layers_in_the_old_wiring(rng):
@@ -64,15 +64,8 @@ def test_a_copy_has_new_layers_in_the_old_wiring(rng):
 
 
 def test_layers_lists_those_inside_of_others_once():
-    found = [layer.name for layer in graph.layers(nested())]
+    found = [layer.name for layer in graph.list_layers(nested())]
     for name in ("once", "inside", "twice", "shared", "sum"):
         assert found.count(name) == 1
     wrapped = keras.Sequential([keras.Input((5, 4)), layers.TimeDistributed(layers.Dense(2))])
-    assert any(type(layer) is layers.Dense for layer in graph.layers(wrapped))
-
-
-def test_positions_are_those_of_one_channel():
-    for shape, axis, expected in (((6, 5, 3), -1, 30), ((3, 6, 5), 1, 30), ((None, 3), -1, None)):
-        layer = layers.BatchNormalization(axis=axis)
-        layer.build((None, *shape))
-        assert graph.positions(layer) == expected
+    assert any(type(layer) is layers.Dense for layer in graph.list_layers(wrapped))

@@ -72,9 +72,11 @@ ROOMS = [
     {"ops"},
     {"layers"},
     {"graph"},
-    {"models", "samples"},
-    {"callbacks"},
+    {"models", "plausibility"},
+    {"samples"},
+    {"health"},
     {"addons", "conversion", "export"},
+    {"callbacks"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -177,10 +179,11 @@ def requirements():
 
 def examples():
     """The examples in docstrings; those of `addons` need files and are run by its own tests."""
-    finder = doctest.DocTestFinder(exclude_empty=True)
+    finder = doctest.DocTestFinder(exclude_empty=False)
     for name in ("layers", "ops", "constraints", "callbacks", "models", "conversion", "export"):
         module = importlib.import_module(f"keras_frn.{name}")
-        yield from (test for test in finder.find(module, f"keras_frn.{name}") if test.examples)
+        found = finder.find(module, f"keras_frn.{name}")
+        yield from (test for test in found if test.examples or "```python" in test.docstring)
 
 
 @pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
@@ -199,6 +202,8 @@ def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
         "model": keras.Sequential([*stack, keras_frn.FilterResponseNormalizationTLU(), *head]),
         "bn_model": keras.Sequential([*stack, keras.layers.BatchNormalization(), *head]),
     }
+    for block in re.findall(r"```python\n(.*?)```", inspect.cleandoc(example.docstring), re.DOTALL):
+        exec(block, dict(example.globs))
     report = io.StringIO()
     assert doctest.DocTestRunner().run(example, out=report.write).failed == 0, report.getvalue()
 

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import numbers
 import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, overload
 
 import keras
 import numpy as np
@@ -11,7 +13,10 @@ import numpy as np
 from .. import graph
 from ..layers import TLU, FilterResponseNormalization
 from ..samples import Samples
+from ..typing import CalibrationData
 from .fit import CONSTANT_EPSILON, Affine, fit, set_closed_form
+
+__all__ = ["ConversionReport", "Replacement", "replace_batch_normalization"]
 
 # Below this, a channel of one position would be close to its sign: unit energy whatever the input.
 _SINGLE_POSITION_RATIO = 1.0
@@ -35,7 +40,7 @@ class Replacement:
         kind: Name of its class.
         action: `"replaced"` or `"kept"`.
         reason: What it became, or why it was kept.
-        positions: Number of spatial positions of a BatchNormalization layer, where it is fixed.
+        positions: Number of spatial positions of a BatchNormalization layer, if it is fixed.
         epsilon_ratio: The median over its channels of epsilon / mean square. Near 0 is FRN as in
             the paper, 3 normalizes mildly, and a large value is close to a fixed scale.
     """
@@ -59,7 +64,7 @@ class ConversionReport:
 
     entries: tuple[Replacement, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         if not self.entries:
             return "No BatchNormalization layer was found: the model is an unchanged copy."
         width = max(len(entry.layer) for entry in self.entries)
@@ -78,15 +83,42 @@ class ConversionReport:
         return "\n".join(lines)
 
 
+@overload
 def replace_batch_normalization(
-    model,
-    calibration_data=None,
-    epsilon_ratio=3.0,
-    learned_epsilon="per_channel",
-    replace_activations=True,
-    verbose=False,
-    return_report=False,
-):
+    model: keras.Model,
+    *,
+    calibration_data: CalibrationData | None = ...,
+    epsilon_ratio: float = ...,
+    learned_epsilon: Literal["per_channel", False] = ...,
+    replace_activations: bool = ...,
+    verbose: bool | Literal["auto"] = ...,
+    return_report: Literal[False] = ...,
+) -> keras.Model: ...
+
+
+@overload
+def replace_batch_normalization(
+    model: keras.Model,
+    *,
+    calibration_data: CalibrationData | None = ...,
+    epsilon_ratio: float = ...,
+    learned_epsilon: Literal["per_channel", False] = ...,
+    replace_activations: bool = ...,
+    verbose: bool | Literal["auto"] = ...,
+    return_report: Literal[True],
+) -> tuple[keras.Model, ConversionReport]: ...
+
+
+def replace_batch_normalization(
+    model: keras.Model,
+    *,
+    calibration_data: CalibrationData | None = None,
+    epsilon_ratio: float = 3.0,
+    learned_epsilon: Literal["per_channel", False] = "per_channel",
+    replace_activations: bool = True,
+    verbose: bool | Literal["auto"] = "auto",
+    return_report: bool = False,
+) -> keras.Model | tuple[keras.Model, ConversionReport]:
     """Converts a trained BatchNormalization model to FRN, and its ReLU activations to TLU.
 
     ```
@@ -119,21 +151,26 @@ def replace_batch_normalization(
             and `EpsilonScheduler` change; False makes it a constant. Defaults to `"per_channel"`.
         replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU, where it follows
             a replaced layer directly, and no other layer. Defaults to True.
-        verbose: Whether to show the progress of the calibration. Defaults to False.
+        verbose: Bool or `"auto"`, whether to show the progress of the calibration; `"auto"` is
+            True, as in `keras.Model.fit`. Defaults to `"auto"`.
         return_report: Whether to return a `ConversionReport`, too. Defaults to False.
 
     Returns:
         A `keras.Model`, or with `return_report=True` a tuple `(model, report)`.
 
     Raises:
-        ValueError: if the model is not built, if it is subclassed and so has no graph of layers, if
+        ValueError: If the model is not built, if it is subclassed and so has no graph of layers, if
             an argument is out of its range, or if the data do not fit the model.
 
     Example:
 
-    >>> frn_model = keras_frn.replace_batch_normalization(bn_model, images[:500])
+    ```python
+    frn_model = keras_frn.replace_batch_normalization(bn_model, calibration_data=images[:500])
+    ```
 
-    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    Reference:
+        Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737
+    """
     _check_model(model)
     _check_arguments(epsilon_ratio, learned_epsilon)
     samples = Samples(model, calibration_data)
@@ -144,16 +181,16 @@ def replace_batch_normalization(
             "result is a copy.",
             stacklevel=2,
         )
-    ratios = {}
+    ratios: dict[Any, Any] = {}
     for bn in plan.norms:
-        is_single = graph.positions(bn) == 1
+        is_single = count_positions(bn) == 1
         ratios[bn] = max(epsilon_ratio, _SINGLE_POSITION_RATIO) if is_single else epsilon_ratio
 
-    def copy_one(layer):
+    def copy_one(layer: Any) -> Any:
         if layer in plan.norms:
-            return _frn(layer, ratios[layer], learned_epsilon)
+            return _make_frn(layer, ratios[layer], learned_epsilon)
         if layer in plan.tlus:
-            return _tlu(layer, plan.tlus[layer])
+            return _make_tlu(layer, plan.tlus[layer])
         return graph.copy_layer(layer)
 
     converted, copies = graph.copy(model, copy_one)
@@ -165,7 +202,7 @@ def replace_batch_normalization(
     graph.copy_trainable(copies)
     replaced = {copies[bn]: bn for bn in plan.norms}
     if samples.count and replaced:
-        ratios |= fit(model, converted, replaced, ratios, samples, verbose)
+        ratios |= fit(model, converted, replaced, ratios, samples, bool(verbose))
     if not return_report:
         return converted
     return converted, ConversionReport(tuple(plan.entries(ratios)))
@@ -179,32 +216,32 @@ class _Plan:
         tlus: Dict from each activation that becomes TLU to the layer in `norms` before it.
     """
 
-    def __init__(self, model, replace_activations):
+    def __init__(self, model: keras.Model, replace_activations: bool) -> None:
         self._wiring = graph.Wiring(model)
         self._layers = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.norms = [x for x in self._layers if type(x) is keras.layers.BatchNormalization]
-        self.tlus = {}
+        self.tlus: dict[Any, Any] = {}
         for layer in self._layers if replace_activations else ():
             norm = self._norm_before(layer)
             if norm is not None and _is_relu(layer) and self._sources(layer) == {norm}:
                 self.tlus[layer] = norm
 
-    def _sources(self, layer):
+    def _sources(self, layer: Any) -> set[Any]:
         """The layers that a layer reads; None is an input."""
         calls = self._wiring.calls_of(layer)
-        makers = [self._wiring.maker(tensor) for call in calls for tensor in call.inputs]
-        return {maker and maker.layer for maker in makers}
+        producers = [self._wiring.producer(tensor) for call in calls for tensor in call.inputs]
+        return {producer and producer.layer for producer in producers}
 
-    def _norm_before(self, layer):
+    def _norm_before(self, layer: Any) -> Any:
         """A layer in `norms` that the layer reads, or None."""
         return next((source for source in self._sources(layer) if source in self.norms), None)
 
-    def entries(self, ratios):
+    def entries(self, ratios: Mapping[Any, Any]) -> Iterator[Replacement]:
         """The rows of the report."""
         for layer in self._layers:
-            row = {"layer": layer.name, "kind": type(layer).__name__}
+            row: dict[str, Any] = {"layer": layer.name, "kind": type(layer).__name__}
             if layer in self.norms:
-                row |= {"positions": graph.positions(layer)}
+                row |= {"positions": count_positions(layer)}
                 row |= {"epsilon_ratio": float(np.median(ratios[layer]))}
                 yield Replacement(**row, action="replaced", reason=_FRN)
             elif layer in self.tlus:
@@ -220,13 +257,13 @@ class _Plan:
                 yield Replacement(**row, action="kept", reason=reason)
 
 
-def _frn(bn, ratio, learned_epsilon):
+def _make_frn(bn: Any, ratio: float, learned_epsilon: Any) -> FilterResponseNormalization:
     config = bn.get_config()
     names = ["name", "trainable", "dtype", "axis"]
     names += [
         f"{w}_{x}" for w in ("beta", "gamma") for x in ("initializer", "regularizer", "constraint")
     ]
-    epsilon = CONSTANT_EPSILON
+    epsilon: Any = CONSTANT_EPSILON
     if not learned_epsilon:
         epsilon = (epsilon + ratio * Affine.of(bn).mean_square).tolist()
     return FilterResponseNormalization.from_config(
@@ -238,19 +275,19 @@ def _frn(bn, ratio, learned_epsilon):
     )
 
 
-def _tlu(activation, bn):
+def _make_tlu(activation: Any, bn: Any) -> TLU:
     config = activation.get_config()
     options = {name: config[name] for name in ("name", "trainable", "dtype")}
     return TLU.from_config({**options, "axis": bn.axis})
 
 
-def _is_relu(layer):
+def _is_relu(layer: Any) -> bool:
     if type(layer) is keras.layers.ReLU:
         return layer.max_value is None and not layer.negative_slope and not layer.threshold
     return type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
 
 
-def _check_model(model):
+def _check_model(model: Any) -> None:
     if not graph.is_graph(model):
         raise ValueError(
             "`model` must be a functional or Sequential model, whose graph of layers can be "
@@ -265,7 +302,7 @@ def _check_model(model):
         )
 
 
-def _check_arguments(epsilon_ratio, learned_epsilon):
+def _check_arguments(epsilon_ratio: Any, learned_epsilon: Any) -> None:
     if (
         isinstance(epsilon_ratio, bool)
         or not isinstance(epsilon_ratio, numbers.Real)
@@ -282,3 +319,10 @@ def _check_arguments(epsilon_ratio, learned_epsilon):
             f"learned_epsilon={learned_epsilon!r}. One epsilon per layer cannot follow the mean "
             "square of each channel."
         )
+
+
+def count_positions(norm: keras.Layer) -> int | None:
+    """The number of spatial positions that a normalization sees, or None if it may change."""
+    shape = list(norm.get_build_config()["input_shape"])
+    del shape[norm.axis], shape[0]
+    return None if None in shape else math.prod(shape)

@@ -1,15 +1,21 @@
 """The weights of FRN layers, from the BatchNormalization layers that they replace."""
 
 import collections
-import contextlib
 import dataclasses
-import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
 from .. import graph
+from ..errors import ArgumentError
+from ..samples import Samples
+from ..typing import Tensor
+from .calibration import ForwardPass
+
+__all__ = ["CONSTANT_EPSILON", "Affine", "fit", "set_closed_form"]
 
 # The constant part of epsilon, as in the paper.
 CONSTANT_EPSILON = 1e-6
@@ -20,13 +26,13 @@ _TINY = np.finfo("float32").tiny
 class Affine:
     """BatchNormalization at inference, `scale * x + offset`, in float64."""
 
-    scale: np.ndarray
-    offset: np.ndarray
-    mean: np.ndarray
-    variance: np.ndarray
+    scale: Any
+    offset: Any
+    mean: Any
+    variance: Any
 
     @classmethod
-    def of(cls, bn):
+    def of(cls, bn: Any) -> "Affine":
         """Reads the weights of a layer."""
         mean, variance = _float64(bn.moving_mean), _float64(bn.moving_variance)
         scale = (1.0 if bn.gamma is None else _float64(bn.gamma)) / np.sqrt(variance + bn.epsilon)
@@ -34,12 +40,12 @@ class Affine:
         return cls(scale, offset, mean, variance)
 
     @property
-    def mean_square(self):
+    def mean_square(self) -> Any:
         """The mean square of the inputs, per channel."""
         return np.maximum(self.mean**2 + self.variance, _TINY)
 
 
-def set_closed_form(frn, bn, ratio):
+def set_closed_form(frn: Any, bn: Any, ratio: float) -> None:
     """Sets the weights that give what BatchNormalization gave for a sample of typical energy."""
     affine = Affine.of(bn)
     scale = np.sqrt(affine.mean_square * (1.0 + ratio) + CONSTANT_EPSILON)
@@ -49,7 +55,14 @@ def set_closed_form(frn, bn, ratio):
         frn.learned_epsilon.assign(ratio * affine.mean_square)
 
 
-def fit(model, converted, replaced, ratios, samples, verbose):
+def fit(
+    model: keras.Model,
+    converted: keras.Model,
+    replaced: Mapping[Any, Any],
+    ratios: Mapping[Any, float],
+    samples: Samples,
+    verbose: bool,
+) -> dict[Any, Any]:
     """Refines gamma, beta and epsilon of each FRN layer, in the order of the forward pass.
 
     Each layer gets the mean and the standard deviation that its BatchNormalization gave on the same
@@ -60,17 +73,26 @@ def fit(model, converted, replaced, ratios, samples, verbose):
     `ratios` each BatchNormalization layer to its epsilon / mean square. Returns the ratios that
     were measured, by channel.
     """
-    moments = _recorded(model, replaced.values(), samples)
-    targets = {bn: _Target.of(bn, moments[bn]) for bn in moments}
-    first = _recorded(converted, replaced, itertools.islice(samples, 1))
-    progress = keras.utils.Progbar(len(first), unit_name="layer") if verbose else None
-    measured = {}
-    for number, (frn, calls) in enumerate(first.items(), 1):
-        bn = replaced[frn]
-        moments = _recorded(converted, [frn], samples, calls=len(calls))
-        measured[bn] = _fit_layer(frn, moments[frn], targets[bn], ratios[bn])
+    inputs: dict[Any, list[_Moments]] = collections.defaultdict(list)
+
+    def record(bn: Any, x: Tensor, _: Tensor, mask: Tensor) -> None:
+        inputs[bn].append(_Moments.of(x, bn.axis, mask))
+
+    with graph.watch_calls(replaced.values(), record):
+        for batch in samples:
+            model(samples.nest(batch), training=False)
+    targets = {bn: _Target.of(bn, moments) for bn, moments in inputs.items()}
+    progress = keras.utils.Progbar(len(targets), unit_name="layer") if verbose else None
+    measured: dict[Any, Any] = {}
+
+    def fit_one(frn: Any, watch_inputs: Callable[..., None]) -> None:
+        bn, moments = replaced[frn], []
+        watch_inputs(lambda x, mask: moments.append(_Moments.of(x, frn.axis, mask)))
+        measured[bn] = _fit_layer(frn, moments, targets[bn], ratios[bn])
         if progress:
-            progress.update(number)
+            progress.update(len(measured))
+
+    ForwardPass(converted, samples, replaced).fit(fit_one)
     return measured
 
 
@@ -78,12 +100,12 @@ def fit(model, converted, replaced, ratios, samples, verbose):
 class _Moments:
     """Mean and mean square `(samples, channels)`, and the positions `(samples,)` they are over."""
 
-    mean: np.ndarray
-    mean_square: np.ndarray
-    positions: np.ndarray
+    mean: Any
+    mean_square: Any
+    positions: Any
 
     @classmethod
-    def of(cls, x, axis, mask):
+    def of(cls, x: Tensor, axis: int, mask: Tensor) -> "_Moments":
         """Measures an input of a layer. Positions that are masked do not count."""
         x = np.moveaxis(ops.convert_to_numpy(ops.cast(x, "float32")), axis, -1)
         kept = np.ones((1,) * (x.ndim - 1)) if mask is None else ops.convert_to_numpy(mask)
@@ -92,23 +114,24 @@ class _Moments:
         # Zeros and not a product, as NaN may stand under a mask.
         x = np.where(kept, x.reshape(len(x), -1, x.shape[-1]), 0).astype("float64")
         positions = kept.sum((1, 2))
-        share = np.maximum(positions, 1)[:, None]
-        return cls(x.sum(1) / share, (x * x).sum(1) / share, positions)
+        count = np.maximum(positions, 1)[:, None]
+        return cls(x.sum(1) / count, (x * x).sum(1) / count, positions)
 
     @classmethod
-    def joined(cls, moments):
+    def join(cls, moments: Iterable["_Moments"]) -> "_Moments":
         """Those of all calls of a layer as one."""
         arrays = zip(*((m.mean, m.mean_square, m.positions) for m in moments))
         mean, mean_square, positions = map(np.concatenate, arrays)
         if not np.isfinite(mean_square).all():
-            raise ValueError(
-                "`calibration_data` must give finite values in every layer. Received: NaN or "
-                "infinity at the input of a normalization layer. Look at the preprocessing."
+            raise ArgumentError(
+                "calibration_data",
+                "must give finite values in every layer. Received: NaN or infinity at the input of "
+                "a normalization layer. Look at the preprocessing.",
             )
         # No weight at all would have no average.
         return cls(mean, mean_square, positions if positions.any() else np.ones_like(positions))
 
-    def average(self, values):
+    def average(self, values: Any) -> Any:
         """The average over the samples, each with its positions."""
         return np.average(values, axis=0, weights=self.positions)
 
@@ -117,23 +140,23 @@ class _Moments:
 class _Target:
     """What each channel of a layer gives: mean, standard deviation and the sign of its scale."""
 
-    mean: np.ndarray
-    deviation: np.ndarray
-    sign: np.ndarray
+    mean: Any
+    deviation: Any
+    sign: Any
 
     @classmethod
-    def of(cls, bn, moments):
+    def of(cls, bn: Any, moments: Iterable[_Moments]) -> "_Target":
         """Those of a BatchNormalization layer on the samples."""
-        affine, moments = Affine.of(bn), _Moments.joined(moments)
-        mean = moments.average(moments.mean)
-        variance = np.maximum(moments.average(moments.mean_square) - mean**2, 0.0)
+        affine, joined = Affine.of(bn), _Moments.join(moments)
+        mean = joined.average(joined.mean)
+        variance = np.maximum(joined.average(joined.mean_square) - mean**2, 0.0)
         scale = affine.scale
         return cls(scale * mean + affine.offset, np.abs(scale) * np.sqrt(variance), np.sign(scale))
 
 
-def _fit_layer(frn, moments, target, ratio):
+def _fit_layer(frn: Any, recorded: list[_Moments], target: _Target, ratio: float) -> Any:
     """Fits one layer and returns its epsilon / mean square."""
-    moments = _Moments.joined(moments)
+    moments = _Moments.join(recorded)
     mean_square = moments.average(moments.mean_square)
     learned = 0.0 if frn.learned_epsilon is None else ratio * mean_square
     epsilon = np.asarray(frn.epsilon, "float64") + learned
@@ -152,26 +175,5 @@ def _fit_layer(frn, moments, target, ratio):
     return epsilon / np.maximum(mean_square, _TINY)
 
 
-class _PassIsOver(BaseException):
-    """Ends a forward pass early. Keras rewrites an `Exception` on its way out; this one passes."""
-
-
-def _recorded(model, layers, batches, calls=None):
-    """Dict of the moments of the inputs of layers, in the order of their calls. A pass ends after
-    so many calls."""
-    recorded = collections.defaultdict(list)
-
-    def record(layer, x, _, mask):
-        recorded[layer].append(_Moments.of(x, layer.axis, mask))
-        if calls and len(recorded[layer]) % calls == 0:
-            raise _PassIsOver
-
-    with graph.watched(layers, record):
-        for batch in batches:
-            with contextlib.suppress(_PassIsOver):
-                model(graph.inputs_like(model, batch), training=False)
-    return recorded
-
-
-def _float64(x):
+def _float64(x: Tensor) -> Any:
     return ops.convert_to_numpy(x).astype("float64")
