@@ -27,7 +27,7 @@ from common import RESULTS, write
 from keras import layers
 
 import keras_frn
-from keras_frn.export.quantization import PRESETS
+from keras_frn.export.presets import PRESETS
 
 SHAPE, SAMPLES = (16, 16, 3), 8
 PAGE = """<!doctype html><script type="importmap">{"imports": {
@@ -116,7 +116,13 @@ def write_files(model, folder, data):
     for preset in PRESETS:
         for signature, batch in ((fixed, "1"), (None, "unknown")):
             file = f"{preset}_{batch}.tflite"
-            keras_frn.export_tflite(model, folder / file, preset, data, input_signature=signature)
+            keras_frn.export_tflite(
+                model,
+                folder / file,
+                quantization=preset,
+                calibration_data=data,
+                input_signature=signature,
+            )
             tasks.append({"runtime": "@litertjs/core", "preset": preset or "float32"})
             tasks[-1] |= {"batch": batch, "file": file}
     model.predict(data[:1], verbose=0)  # Keras' ONNX export asks for a call

@@ -28,7 +28,7 @@ from common import RESULTS
 from keras import layers
 
 import keras_frn
-from keras_frn.export.quantization import PRESETS
+from keras_frn.export.presets import PRESETS
 from keras_frn.export.runtime import LiteRT
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "saved_models"))
@@ -126,7 +126,9 @@ def accuracy_rows(name, folder, train, test):
         for quantization in PRESETS:
             preset = quantization or "float32"
             path = os.path.join(folder, "model.tflite")
-            report = keras_frn.export_tflite(network, path, quantization, data)
+            report = keras_frn.export_tflite(
+                network, path, quantization=quantization, calibration_data=data
+            )
             # Its kernels are the slow reference ones.
             seen = slice(1000 if preset == "int16x8" else None)
             logits, wanted, correct = run_litert(path, inputs[seen]), exact[seen], labels[seen]
@@ -150,7 +152,9 @@ def accuracy_rows(name, folder, train, test):
 def npu(model, data, folder):
     """How Vela divides the operators between the CPU and an Ethos-U55 or Ethos-U85."""
     path = os.path.join(folder, "npu.tflite")
-    keras_frn.export_tflite(model, path, "int8", data, integer_io=True)
+    keras_frn.export_tflite(
+        model, path, quantization="int8", calibration_data=data, integer_io=True
+    )
     found = []
     for accelerator in ("ethos-u55-128", "ethos-u85-256"):
         command = [sys.executable, "-c", "from ethosu.vela.vela import main; main()", path]
@@ -223,7 +227,9 @@ def latency_table(folder, quick):
             runs, sizes = {}, {}
             for kind, model in models.items():
                 path = os.path.join(folder, f"{kind}.tflite")
-                report = keras_frn.export_tflite(model, path, quantization, data)
+                report = keras_frn.export_tflite(
+                    model, path, quantization=quantization, calibration_data=data
+                )
                 # Not by a call of `LiteRT`, after which the interpreter refuses a plain `invoke`.
                 interpreter = LiteRT(path).interpreter
                 interpreter.allocate_tensors()

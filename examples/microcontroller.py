@@ -125,7 +125,9 @@ def main(epochs=15, images=None, output="digits_int8.tflite"):
     x, y, x_test, y_test = data()
     model = build()
     train(model, x[:images], y[:images], epochs)
-    report = keras_frn.export_tflite(model, path, "int8", x[:300], integer_io=True)
+    report = keras_frn.export_tflite(
+        model, path, quantization="int8", calibration_data=x[:300], integer_io=True
+    )
     print(report)
 
     integers, expected = in_litert(path, x_test[:images])

@@ -21,7 +21,7 @@ from .conversion import replace_batch_normalization
 from .demo import run
 from .errors import ArgumentError, ArgumentWarning
 from .export import export_tflite
-from .export.quantization import PRESETS
+from .export.presets import PRESETS
 from .health import list_frn_layers, measure_health, plot_health
 from .samples import Samples
 

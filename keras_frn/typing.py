@@ -4,8 +4,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
+import numpy as np
+
 # A tensor of whatever backend Keras runs on, or what becomes one. Keras itself has no types.
 Tensor: TypeAlias = Any
+Array: TypeAlias = np.ndarray[Any, Any]
+# The arrays of one batch, in the order of a model's inputs or outputs.
+Batch: TypeAlias = list[Array]
 Shape: TypeAlias = tuple[int | None, ...]
 PathLike: TypeAlias = str | os.PathLike[str]
 

@@ -23,7 +23,7 @@ from keras import layers
 
 import keras_frn
 from keras_frn import demo
-from keras_frn.export.quantization import PRESETS
+from keras_frn.export.presets import PRESETS
 from keras_frn.export.runtime import LiteRT
 
 FOLDER = Path(__file__).parent
@@ -170,7 +170,9 @@ def write(model, name, data):
     keep("onnx", "model.onnx", run_onnx(folder / "model.onnx", images))
     for preset in PRESETS:
         path = folder / f"{preset or 'float32'}.tflite"
-        keras_frn.export_tflite(model, path, preset, data.train_images[:300])
+        keras_frn.export_tflite(
+            model, path, quantization=preset, calibration_data=data.train_images[:300]
+        )
         keep(path.stem, path.name, run_litert(path, images))
 
     whole = np.round(images[:64] * data.scale).astype("uint8")

@@ -11,7 +11,7 @@ import pytest
 from backends import BACKEND
 
 import keras_frn
-from keras_frn.export.quantization import PRESETS
+from keras_frn.export.presets import PRESETS
 from keras_frn.export.runtime import LiteRT
 
 # Other kernels with other orders of sums, relative to the largest output.
@@ -187,7 +187,13 @@ def quantized(preset, path, integer_io):
     rng = np.random.default_rng(1)
     model.set_weights([w + 0.1 * rng.normal(size=w.shape) for w in model.get_weights()])
     x = rng.normal(size=(64, 9, 9, 3)).astype("float32")
-    return model, x, keras_frn.export_tflite(model, path, preset, x, integer_io=integer_io)
+    return (
+        model,
+        x,
+        keras_frn.export_tflite(
+            model, path, quantization=preset, calibration_data=x, integer_io=integer_io
+        ),
+    )
 
 
 @on_tensorflow

@@ -1,98 +1,44 @@
 """What `model.export` cannot do by itself: quantized LiteRT files that keep the accuracy."""
 
-import dataclasses
 import os
 import pathlib
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 
 from .. import graph
+from ..errors import ArgumentError
 from ..layers import FilterResponseNormalization
 from ..samples import Samples
-from .check import compared, doubts
+from ..typing import CalibrationData, PathLike
+from .check import compare, find_bound, find_doubts
+from .converters import ConversionError, convert, import_quantizer
 from .inference_form import InferenceCopy
-from .quantization import PRESETS, convert, import_quantizer
-from .runtime import LiteRT, import_litert
+from .presets import PRESETS, Preset, Scheme
+from .report import ExportReport, list_counts
+from .runtime import LiteRT, LiteRTError, import_litert
 from .signature import specs_of
+
+__all__ = ["ExportReport", "Preset", "export_tflite"]
 
 # Fewer different samples than these do not show the range of each channel.
 _FEW = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportReport:
-    """What `export_tflite` wrote, and how close it is to the model. `print(report)` shows it.
-
-    Attributes:
-        path: Path of the file.
-        quantization: Name of the preset.
-        size: Size of the file in bytes.
-        operators: Dict from the name of an operator to how many the file has.
-        delegated: Number of operators that the interpreter hands to XNNPACK on this machine.
-        partitions: Number of pieces in which it does so; 1 is best.
-        samples: Number of calibration samples compared; without any, random inputs are.
-        ranges: Dict from the name of an input to the least and largest value in the samples.
-        max_error: Largest absolute difference from the model's outputs. None for a model that
-            does not run on random inputs.
-        agreement: Share of samples (or positions) with the same argmax along the last axis, for
-            outputs of more than one number.
-        equalized: Names of the normalization layers whose input channels were scaled.
-        not_equalized: Dict from the names of the others to the reason.
-        warnings: Sentences about what may cost accuracy.
-    """
-
-    path: str
-    quantization: str | None
-    size: int
-    operators: dict
-    delegated: int
-    partitions: int
-    samples: int
-    ranges: dict
-    max_error: float | None
-    agreement: float | None
-    equalized: tuple = ()
-    not_equalized: dict = dataclasses.field(default_factory=dict)
-    warnings: tuple = ()
-
-    def __str__(self):
-        count = sum(self.operators.values())
-        names = ", ".join(f"{n} {name}" for name, n in sorted(self.operators.items()))
-        lines = [
-            f"{self.path}: {self.quantization or 'float32'}, {self.size:,} bytes",
-            f"operators      {count}: {names}",
-            f"XNNPACK        {self.delegated} of {count} operators, partitions: {self.partitions}",
-        ]
-        seen = "random inputs, as no `calibration_data` was given"
-        if self.samples:
-            ranges = (
-                f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()
-            )
-            seen = f"{self.samples} samples, {', '.join(ranges)}"
-        if self.max_error is None:
-            seen = "nothing: the model does not run on random inputs. Pass `calibration_data`"
-        else:
-            seen += f": max error {self.max_error:.3g}"
-        if self.agreement is not None:
-            seen += f", same argmax {self.agreement:.2%}"
-        lines.append(f"verified on    {seen}")
-        if PRESETS[self.quantization].is_calibrated:
-            total = len(self.equalized) + len(self.not_equalized)
-            lines.append(f"equalized      {len(self.equalized)} of {total} normalizations")
-            lines += [f"  not {name}: {reason}" for name, reason in self.not_equalized.items()]
-        return "\n".join([*lines, *(f"warning        {text}" for text in self.warnings)])
+# Weights of fewer numbers stay in float in TensorFlow's converter.
+_MANY = 1024
 
 
 def export_tflite(
-    model,
-    path,
-    quantization=None,
-    calibration_data=None,
-    integer_io=False,
-    verbose=False,
-    input_signature=None,
-):
+    model: keras.Model,
+    path: PathLike,
+    *,
+    quantization: Preset | None = None,
+    calibration_data: CalibrationData | None = None,
+    integer_io: bool = False,
+    verbose: bool = False,
+    input_signature: Sequence[Any] | None = None,
+) -> ExportReport:
     """Writes a model as a LiteRT (TensorFlow Lite) file, and compares the two.
 
     ```
@@ -100,12 +46,12 @@ def export_tflite(
     ```
 
     The mean square of Filter Response Normalization has the square of its input's range, which an
-    8-bit integer cannot hold as soon as channels or samples differ in scale. So the integer
-    presets first scale each input channel to unit root mean square on the calibration data, through
-    the filters of the layer before it, which changes nothing in float; and `"int8"` and `"int16x8"`
-    normalize twice, coarsely and then exactly, where samples differ more than integers resolve. In
-    both 8-bit presets the rarest 2 of 10,000 values before a normalization saturate. The model
-    given stays as it is.
+    8-bit integer cannot hold as soon as channels or samples differ in scale. So with calibration
+    data each input channel is first scaled to unit root mean square, through the filters of the
+    layer before it, which changes nothing in float; and `"int8"` and `"int16x8"` normalize twice,
+    coarsely and then exactly, where samples differ more than integers resolve. In both 8-bit
+    presets the rarest 2 of 10,000 values before a normalization saturate. The model given stays as
+    it is.
 
     Args:
         model: A built Keras model. A functional, Sequential or nested one is exported through a
@@ -116,7 +62,8 @@ def export_tflite(
             None: float32.
             `"float16"`: weights stored in half precision.
             `"dynamic"`: 8-bit weights; convolutions scale their inputs for each sample.
-            `"int8"`: every tensor and operator in integers, for NPUs and microcontrollers.
+            `"int8"`: tensors and operators in integers, for NPUs and microcontrollers. The report
+            and a warning name the operators that have no integer form.
             `"int8_float_statistics"`: convolutions and dense layers in 8-bit integers, the rest in
             float: the robust one.
             `"int16x8"`: 16-bit activations and 8-bit weights.
@@ -126,7 +73,7 @@ def export_tflite(
             inputs, a tuple `(inputs, targets)`, a `tf.data.Dataset`, a `keras.utils.PyDataset`, an
             iterable of batches, each the inputs or `(inputs, targets)`, or a function that returns
             one. The integer presets need it. With any preset the report compares the file with the
-            model on it. Defaults to None, where random inputs are compared.
+            model on it. Defaults to None: random inputs are compared.
         integer_io: Whether inputs and outputs are integers too (int8, or int16 with `"int16x8"`).
             Defaults to False.
         verbose: Whether to print each step. Defaults to False.
@@ -143,126 +90,154 @@ def export_tflite(
             the model has an operator that LiteRT does not have with this preset, if a float32 file
             computes something else than a float32 model, or if the backend is not TensorFlow. A
             file that was there before stays as it was.
+        OSError: if the file or the temporary folder cannot be written.
         ImportError: if LiteRT, or for the 8-bit presets ai-edge-quantizer, is not installed.
 
     Example:
 
-    >>> report = keras_frn.export_tflite(model, "model.tflite", "int8", images[:50])
+    >>> report = keras_frn.export_tflite(
+    ...     model, "model.tflite", quantization="int8", calibration_data=images[:50]
+    ... )
     >>> report.samples
     50
     """
-    path = _checked_path(path)
-    preset = _checked_preset(quantization, integer_io)
+    path = _check_path(path)
+    scheme = _check_preset(quantization, integer_io)
     import_litert()
-    if preset.quantizer_operators:
+    if scheme.quantizer_operators:
         import_quantizer()
-    if preset.is_calibrated and calibration_data is None:
-        raise ValueError(
-            f"`calibration_data` must be given with quantization={quantization!r}. Received: "
-            "calibration_data=None. Pass inputs like those at inference, in their whole range of "
-            "contrast: an array of 100 to 500 samples, a `tf.data.Dataset` or an iterable of "
-            "batches."
+    if scheme.is_calibrated and calibration_data is None:
+        raise ArgumentError(
+            "calibration_data",
+            f"must be given with quantization={quantization!r}. Received: calibration_data=None. "
+            "Pass inputs like those at inference, in their whole range of contrast: an array of "
+            "100 to 500 samples, a `tf.data.Dataset` or an iterable of batches.",
         )
-    show = print if verbose else lambda step: None
+
+    def show(step: str) -> None:
+        if verbose:
+            print(step)
+
     show("copying the model in float32")
-    copy = _copied(model)
+    copy = _copy(model)
     specs = specs_of(model, input_signature)
     inputs = keras.tree.flatten(specs)
-    samples = Samples(model, calibration_data, inputs, _FEW if preset.is_calibrated else 1)
-    notes, equalized, not_equalized = [], (), {}
-    if preset.is_calibrated and any(None in spec.shape[1:] for spec in inputs):
-        specs = _with_sizes(specs, samples, quantization)
+    samples = Samples(model, calibration_data, inputs, _FEW if scheme.is_calibrated else 1)
+    notes: list[str] = []
+    equalized: list[str] = []
+    not_equalized: dict[str, str] = {}
+    if scheme.is_calibrated and any(None in spec.shape[1:] for spec in inputs):
+        specs = _take_sizes(specs, samples, quantization)
         inputs = keras.tree.flatten(specs)
         sizes = ", ".join(str(spec.shape[1:]) for spec in inputs)
         notes.append(f"takes the size of the calibration data only, {sizes}.")
-    if preset.is_calibrated and copy is None:
+    if scheme.is_calibrated and copy is None:
         norms = [x for x in graph.layers(model) if isinstance(x, FilterResponseNormalization)]
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
-    elif preset.is_calibrated:
+    elif scheme.is_calibrated and copy is not None:
         show(f"equalizing {len(copy.normalizations)} normalizations")
         copy.equalize(samples)
-        if preset.floor:
-            copy.use_integer_form(preset.floor)
-        equalized, not_equalized = tuple(copy.equalized), copy.not_equalized
-    if preset.is_integer and not_equalized:
+        if scheme.floor:
+            copy.use_integer_form(scheme.floor)
+        equalized, not_equalized = copy.equalized, copy.not_equalized
+    if scheme.is_integer and not_equalized:
         notes.append(
             f"not equalized: {', '.join(not_equalized)}. If channels differ in scale there, "
             f"{quantization!r} loses accuracy and 'int8_float_statistics' does not."
         )
 
     show(f"converting to {quantization or 'float32'}")
-    exported = model if copy is None else copy.model
+    names = [spec.name for spec in inputs]
     try:
-        content, more_notes = convert(exported, preset, specs, samples, integer_io)
-    except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(". ")
-        advice = (
-            "'int8_float_statistics' and 'dynamic' take more operators than 'int8' and 'int16x8'."
+        content, more_notes = convert(
+            model if copy is None else copy.model, scheme, specs, samples, integer_io
         )
-        if inputs[0].shape[0] is None:
-            fixed = f"[keras.InputSpec(shape={(1, *inputs[0].shape[1:])})]"
-            advice += f" Recurrent layers need a fixed batch, such as input_signature={fixed}."
-        raise ValueError(
-            "`model` must consist of operators that LiteRT has with quantization="
-            f"{quantization!r}. Received: {model.name}, of which the converter says: {reason}. "
-            f"{advice}"
-        ) from error
-    show("verifying in LiteRT")
-    try:
-        runtime = LiteRT(content, [spec.name for spec in inputs])
-        found = compared(model, runtime, specs, samples)
-        if found["max_error"] is None:
+        plain = LiteRT(content, is_plain=True)
+        show("comparing in LiteRT")
+        runtime = LiteRT(content, names)
+        found = compare(model, runtime, specs, samples)
+        if found.max_error is None:
             runtime.allocate()
-    except RuntimeError as error:
+    except ConversionError as error:
+        raise ValueError(
+            "`model` must have operators that LiteRT has with "
+            f"quantization={quantization!r}. Received: {model.name}, but {error}"
+        ) from error
+    except LiteRTError as error:
         raise ValueError(
             f"`model` must become a file that LiteRT runs. Received: {model.name}, which with "
             f"quantization={quantization!r} gives: {error}. Try another preset."
         ) from error
-    about_outputs = doubts(model, specs, samples, quantization, found.pop("share"))
-    for text in about_outputs:
+    in_float = {}
+    if quantization is not None:
+        in_float = plain.count_float_operators(None if scheme.is_integer else _MANY)
+    if integer_io and scheme.is_integer and in_float:
+        raise ArgumentError(
+            "integer_io",
+            f"must be False if operators stay in float. Received: integer_io=True, while "
+            f"quantization={quantization!r} leaves {list_counts(in_float)} in float. Replace their "
+            "layers, or leave it out.",
+        )
+
+    def write_part(part: keras.Model) -> Callable[..., Any]:
+        return LiteRT(convert(part, PRESETS[None], specs, samples)[0], names)
+
+    doubts = find_doubts(model, specs, samples, quantization, found.fraction, write_part)
+    is_quantized = quantization is None or plain.is_quantized()
+    doubts += _describe_floats(in_float, scheme, is_quantized)
+    for text in doubts:
         warnings.warn(text, stacklevel=2)
+    delegated, partitions = runtime.count_delegates()
     report = ExportReport(
         path=path,
         quantization=quantization,
         size=len(content),
         operators=runtime.count_operators(),
-        delegated=runtime.count_delegated(),
-        partitions=runtime.count_partitions(),
+        in_float=in_float,
+        is_quantized=is_quantized,
+        delegated=delegated,
+        partitions=partitions,
         samples=samples.count,
         ranges={spec.name or "input": ends for spec, ends in zip(inputs, samples.ranges)},
-        **found,
-        equalized=equalized,
+        max_error=found.max_error,
+        max_error_fraction=found.fraction,
+        bound=find_bound(model, quantization),
+        agreement=found.agreement,
+        equalized=tuple(equalized),
         not_equalized=not_equalized,
-        warnings=(*notes, *more_notes, *samples.warnings, *about_outputs),
+        warnings=(*notes, *more_notes, *samples.warnings, *doubts),
     )
     _write(path, content)
     return report
 
 
-def _checked_path(path):
+def _check_path(path: PathLike) -> str:
     path = os.fspath(path)
     if not path.endswith(".tflite"):
-        raise ValueError(f"`path` must end with .tflite. Received: path={path!r}. Add the ending.")
+        raise ArgumentError(
+            "path", f"must end with .tflite. Received: path={path!r}. Add the ending."
+        )
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(
-            f"`path` must be in a folder that exists. Received: path={path!r}. Create the folder."
+        raise ArgumentError(
+            "path", f"must be in a folder that exists. Received: path={path!r}. Create the folder."
         )
     return path
 
 
-def _checked_preset(quantization, integer_io):
+def _check_preset(quantization: Preset | None, integer_io: bool) -> Scheme:
     if quantization not in PRESETS:
-        raise ValueError(
-            f"`quantization` must be one of {tuple(PRESETS)}. Received: "
-            f"quantization={quantization!r}. Use 'int8' for integer hardware and 'dynamic' or "
-            "'int8_float_statistics' for CPUs."
+        raise ArgumentError(
+            "quantization",
+            f"must be one of {tuple(PRESETS)}. Received: quantization={quantization!r}. Use 'int8' "
+            "for integer hardware and 'dynamic' or 'int8_float_statistics' for CPUs.",
         )
-    preset = PRESETS[quantization]
-    if integer_io and not preset.is_calibrated:
-        calibrated = tuple(name for name, preset in PRESETS.items() if preset.is_calibrated)
-        raise ValueError(
-            f"`integer_io` must be False unless `quantization` is one of {calibrated}. Received: "
-            f"integer_io={integer_io}, quantization={quantization!r}. Leave it out."
+    scheme = PRESETS[quantization]
+    if integer_io and not scheme.is_calibrated:
+        calibrated = tuple(name for name, scheme in PRESETS.items() if scheme.is_calibrated)
+        raise ArgumentError(
+            "integer_io",
+            f"must be False unless `quantization` is one of {calibrated}. Received: "
+            f"integer_io={integer_io}, quantization={quantization!r}. Leave it out.",
         )
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -270,50 +245,46 @@ def _checked_preset(quantization, integer_io):
             f"backend={keras.backend.backend()!r}. Save the model as .keras, and export it in a "
             "process with KERAS_BACKEND=tensorflow."
         )
-    return preset
+    return scheme
 
 
-def _copied(model):
+def _copy(model: keras.Model) -> InferenceCopy | None:
     """The `InferenceCopy`, or None for a model that has to be exported as it is."""
     if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(
-            f"`model` must be a built Keras model. Received: model={model!r}. Call it on data."
+        raise ArgumentError(
+            "model", f"must be a built Keras model. Received: model={model!r}. Call it on data."
         )
     if graph.is_graph(model):
-        try:
-            copy = InferenceCopy(model)
-        except (TypeError, NotImplementedError) as error:
-            raise ValueError(
-                "`model` must consist of layers that `get_config` describes. Received: "
-                f"{model.name}, of which a copy fails with: {error}"
-            ) from error
+        copy = InferenceCopy(model)
         copy.pool_first()
         return copy
     dtypes = {weight.dtype for weight in model.weights}
     dtypes |= {layer.compute_dtype for layer in (model, *graph.layers(model))}
     if not dtypes <= {"float32"}:
-        raise ValueError(
-            "`model` must be functional or Sequential to be exported from mixed precision. "
-            f"Received: a subclassed model with dtypes {sorted(dtypes)}. Load it in float32."
+        raise ArgumentError(
+            "model",
+            "must be functional or Sequential to be exported from mixed precision. Received: a "
+            f"subclassed model with dtypes {sorted(dtypes)}. Load it in float32.",
         )
     return None
 
 
-def _with_sizes(specs, samples, quantization):
+def _take_sizes(specs: Any, samples: Samples, quantization: Preset | None) -> Any:
     """The specs with the sizes of the samples where they are unknown.
 
     A static runtime would read an integer file of unknown sizes as one position, without an error.
     """
     inputs = keras.tree.flatten(specs)
-    seen = [set() for _ in inputs]
+    seen: list[set[tuple[int, ...]]] = [set() for _ in inputs]
     for batch in samples:
         for sizes, array in zip(seen, batch):
             sizes.add(array.shape[1:])
     if any(len(sizes) > 1 for sizes in seen):
-        raise ValueError(
-            "`calibration_data` must have samples of one size with "
-            f"quantization={quantization!r}. Received: {[sorted(sizes) for sizes in seen]}. "
-            "Integer files have one size: resize the samples, or use 'dynamic', which takes any."
+        raise ArgumentError(
+            "calibration_data",
+            f"must have samples of one size with quantization={quantization!r}. Received: "
+            f"{[sorted(sizes) for sizes in seen]}. Integer files have one size: resize the "
+            "samples, or use 'dynamic', which takes any.",
         )
     chosen = [
         keras.InputSpec(shape=(x.shape[0], *sizes.pop()), dtype=x.dtype, name=x.name)
@@ -322,7 +293,23 @@ def _with_sizes(specs, samples, quantization):
     return keras.tree.pack_sequence_as(specs, chosen)
 
 
-def _write(path, content):
+def _describe_floats(in_float: dict[str, int], scheme: Scheme, is_quantized: bool) -> list[str]:
+    """Sentences about what the preset should have quantized."""
+    if not is_quantized:
+        return [
+            "nothing is quantized: the file computes as a float32 file does and is as large. The "
+            f"preset quantizes no weights of fewer than {_MANY:,} numbers, and none of "
+            f"{list_counts(in_float) or 'the other operators'}."
+        ]
+    if in_float and scheme.is_integer:
+        return [
+            f"{sum(in_float.values())} operators stay in float, as they have no integer form: "
+            f"{list_counts(in_float)}. Integer-only hardware does not run them."
+        ]
+    return [f"weights stay in float: those of {list_counts(in_float)}."] if in_float else []
+
+
+def _write(path: str, content: bytes) -> None:
     partial = pathlib.Path(f"{path}.{os.getpid()}.tmp")
     try:
         partial.write_bytes(content)

@@ -2,49 +2,51 @@
 
 import bisect
 import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
 
 from .. import graph
-from .quantization import PRESETS, convert
-from .runtime import LiteRT
+from ..samples import Samples
+from ..typing import Array, Batch
+from .converters import ConversionError
+from .presets import PRESETS, Preset
+from .runtime import LiteRTError
+
+__all__ = ["Comparison", "compare", "find_bound", "find_doubts"]
 
 # How far models in half precision may be from a float32 file: the roundings are theirs.
 _HALF_BOUND = 0.05
 
 
-def _batches(model, specs, samples):
-    """The inputs to compare on: the samples, or random ones that the model runs on."""
-    if samples.count:
-        return samples
-    rng, arrays = np.random.default_rng(0), []
-    with contextlib.suppress(Exception):  # not every model takes 32 for each unknown size
-        for spec in keras.tree.flatten(specs):
-            shape = (spec.shape[0] or 2, *(size or 32 for size in spec.shape[1:]))
-            is_float = spec.dtype == "float32"
-            values = rng.normal(size=shape) if is_float else rng.integers(0, 2, shape)
-            arrays.append(values.astype(spec.dtype))
-        _outputs(model, specs, arrays)
-        return [arrays]
-    return []
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How far the outputs of a file are from the model's.
 
-
-def _outputs(model, specs, arrays):
-    outputs = model(*keras.tree.pack_sequence_as(specs, arrays), training=False)
-    return [np.asarray(output, "float32") for output in keras.tree.flatten(outputs)]
-
-
-def compared(model, function, specs, samples):
-    """What the report says of the outputs of a file or another function, and `share`, their largest
-    difference from the model's as a share of the range of an output and zero.
+    Attributes:
+        max_error: Largest absolute difference, or None if there was nothing to compare.
+        fraction: The same as a fraction of the range of the output and zero.
+        agreement: Fraction of positions with the same argmax, if outputs have several numbers.
     """
-    errors, lows, highs = {}, {}, {}
+
+    max_error: float | None
+    fraction: float
+    agreement: float | None
+
+
+def compare(
+    model: keras.Model, function: Callable[..., Batch], specs: Any, samples: Samples
+) -> Comparison:
+    """Compares the outputs of a file, or of another function, with the model's."""
+    errors: dict[int, float] = {}
+    lows: dict[int, float] = {}
+    highs: dict[int, float] = {}
     same = positions = 0
-    for batch in _batches(model, specs, samples):
-        for i, (actual, expected) in enumerate(
-            zip(function(*batch), _outputs(model, specs, batch))
-        ):
+    for batch in _choose_batches(model, specs, samples):
+        for i, (actual, expected) in enumerate(zip(function(*batch), _run(model, specs, batch))):
             with np.errstate(invalid="ignore"):
                 error = np.nan_to_num(np.abs(actual - expected), nan=np.inf)
             error[(actual == expected) | np.isnan(actual) & np.isnan(expected)] = 0
@@ -55,35 +57,77 @@ def compared(model, function, specs, samples):
             if expected.ndim > 1 and expected.shape[-1] > 1:
                 equal = actual.argmax(-1) == expected.argmax(-1)
                 same, positions = same + int(equal.sum()), positions + equal.size
-    ranges = {i: highs[i] - lows[i] or np.finfo("f4").tiny for i in errors}
-    return {
-        "max_error": max(errors.values(), default=None),
-        "agreement": same / positions if positions else None,
-        "share": max((errors[i] / ranges[i] for i in errors), default=0.0),
-    }
+    ranges = {i: highs[i] - lows[i] or float(np.finfo("f4").tiny) for i in errors}
+    return Comparison(
+        max_error=max(errors.values(), default=None),
+        fraction=max((errors[i] / ranges[i] for i in errors), default=0.0),
+        agreement=same / positions if positions else None,
+    )
 
 
-def doubts(model, specs, samples, quantization, share):
-    """Warnings about outputs beyond the preset's bound. A float32 file of them is refused."""
+def _choose_batches(model: keras.Model, specs: Any, samples: Samples) -> Iterable[Batch]:
+    """The inputs to compare on: the samples, or random ones that the model runs on."""
+    import tensorflow as tf
+
+    if samples.count:
+        return samples
+    rng, arrays = np.random.default_rng(0), []
+    # Not every model takes 32 for each unknown size.
+    with contextlib.suppress(ValueError, TypeError, RuntimeError, tf.errors.OpError):
+        for spec in keras.tree.flatten(specs):
+            shape = (spec.shape[0] or 2, *(size or 32 for size in spec.shape[1:]))
+            is_float = spec.dtype == "float32"
+            values = rng.normal(size=shape) if is_float else rng.integers(0, 2, shape)
+            arrays.append(values.astype(spec.dtype))
+        _run(model, specs, arrays)
+        return [arrays]
+    return []
+
+
+def _run(model: keras.Model, specs: Any, arrays: Batch) -> Batch:
+    outputs = model(*keras.tree.pack_sequence_as(specs, arrays), training=False)
+    return [np.asarray(output, "float32") for output in keras.tree.flatten(outputs)]
+
+
+def find_bound(model: keras.Model, quantization: Preset | None) -> float:
+    """How far outputs may be off, as a fraction of their range and zero."""
+    return max(PRESETS[quantization].bound, _HALF_BOUND if _is_half(model) else 0)
+
+
+def _is_half(model: keras.Model) -> bool:
     dtypes = {layer.compute_dtype for layer in (model, *graph.layers(model))}
-    is_half = bool(dtypes & {"float16", "bfloat16"})
-    bound = max(PRESETS[quantization].bound, _HALF_BOUND if is_half else 0)
+    return bool(dtypes & {"float16", "bfloat16"})
+
+
+def find_doubts(
+    model: keras.Model,
+    specs: Any,
+    samples: Samples,
+    quantization: Preset | None,
+    fraction: float,
+    write_part: Callable[[keras.Model], Callable[..., Batch]],
+) -> list[str]:
+    """Warns of outputs beyond the preset's bound. A float32 file of them is refused.
+
+    `write_part` exports a part of the model in float32, and returns a function that runs it.
+    """
+    bound = find_bound(model, quantization)
     # Samples that are not compared may be off by more, 1.4 times in a random model: a warning comes
     # at half of the bound.
-    if share <= (bound if quantization is None else bound / 2):
+    if fraction <= (bound if quantization is None else bound / 2):
         return []
     text = (
-        f"the outputs differ from the model's by up to {share:.2g} of their range, and "
+        f"the outputs differ from the model's by up to {fraction:.2g} of their range, and "
         f"{quantization or 'float32'} should stay within {bound:g} on any sample."
     )
-    if quantization is not None or is_half:
+    if quantization is not None or _is_half(model):
         return [text]
-    if share < 10 * _share_of_roundings(model, specs, samples):
+    if fraction < 10 * _measure_roundings(model, specs, samples):
         return [
             f"{text} The model amplifies roundings: changed in the sixth digit, its weights give "
             "such differences in any runtime. A normalization of one position should learn epsilon."
         ]
-    name = _first_wrong(model, specs, samples, bound)
+    name = _find_first_wrong(model, specs, samples, bound, write_part)
     raise ValueError(
         f"`model` must become a file that computes the same. Received: {model.name}; {text} "
         + (f"The first layer to differ is {name}. " if name else "")
@@ -91,36 +135,41 @@ def doubts(model, specs, samples, quantization, share):
     )
 
 
-def _share_of_roundings(model, specs, samples):
-    """How far outputs move where weights and inputs change by a millionth."""
+def _measure_roundings(model: keras.Model, specs: Any, samples: Samples) -> float:
+    """How far outputs move when weights and inputs change by a millionth."""
     rng = np.random.default_rng(0)
 
-    def changed(array):
+    def change(array: Array) -> Array:
         if not keras.backend.is_float_dtype(str(array.dtype)):
             return array
-        return array * (1 + 1e-6 * rng.uniform(-1, 1, array.shape)).astype(array.dtype)
+        return array * np.asarray(1 + 1e-6 * rng.uniform(-1, 1, array.shape), array.dtype)
 
-    weights = [(w, keras.ops.convert_to_tensor(changed(w.value.numpy()))) for w in model.variables]
+    weights = [(w, keras.ops.convert_to_tensor(change(w.value.numpy()))) for w in model.variables]
 
-    def function(*arrays):
+    def run_changed(*arrays: Array) -> Batch:
         with keras.StatelessScope(weights):
-            return _outputs(model, specs, [changed(array) for array in arrays])
+            return _run(model, specs, [change(array) for array in arrays])
 
-    return compared(model, function, specs, samples)["share"]
+    return compare(model, run_changed, specs, samples).fraction
 
 
-def _first_wrong(model, specs, samples, bound):
+def _find_first_wrong(
+    model: keras.Model,
+    specs: Any,
+    samples: Samples,
+    bound: float,
+    write_part: Callable[[keras.Model], Callable[..., Batch]],
+) -> str | None:
     """The name of the first layer that a file computes wrongly, found by halving, or None."""
     layers = [x for x in model.layers if not isinstance(x, keras.layers.InputLayer)]
 
-    def is_wrong(count):
+    def is_wrong(count: int) -> bool:
         outputs = [layer.output for layer in layers[:count]]
         part = keras.Model(graph.inputs_like(model, model.inputs), outputs)
-        content, _ = convert(part, PRESETS[None], specs, samples, False)
-        runtime = LiteRT(content, [spec.name for spec in keras.tree.flatten(specs)])
-        return compared(part, runtime, specs, samples)["share"] > bound
+        return compare(part, write_part(part), specs, samples).fraction > bound
 
-    # A subclassed model has no outputs of layers, and not every layer is one in LiteRT.
-    with contextlib.suppress(Exception):
+    # A subclassed model has no outputs of layers, and not every layer becomes a file.
+    with contextlib.suppress(AttributeError, ValueError, IndexError, ConversionError, LiteRTError):
         counts = range(1, len(layers) + 1)
-        return layers[bisect.bisect_left(counts, True, key=is_wrong)].name
+        return str(layers[bisect.bisect_left(counts, True, key=is_wrong)].name)
+    return None

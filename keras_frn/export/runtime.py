@@ -1,11 +1,23 @@
 """The one way to run a LiteRT file."""
 
+import collections
 import contextlib
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from ..typing import Array, Batch, PathLike
 
-def import_litert():
+__all__ = ["LiteRT", "LiteRTError", "find_upstream", "import_litert"]
+
+
+class LiteRTError(RuntimeError):
+    """LiteRT does not run a file."""
+
+
+def import_litert() -> Any:
     """Imports the interpreter, which is an extra."""
     try:
         from ai_edge_litert import interpreter
@@ -22,76 +34,125 @@ class LiteRT:
 
     Args:
         file: Path or content of the file.
-        input_names: The names of the inputs in the order of the call. Those of the file in
-            alphabetical order, where the file has others. Defaults to none.
+        input_names: The names of the inputs in the order of the call. If the file has others, its
+            own are taken in alphabetical order. Defaults to none.
         is_plain: Whether to keep each tensor and to run without delegates. Operators that are not
             built in are refused then. Defaults to False.
+
+    Raises:
+        LiteRTError: if LiteRT cannot read the file or, when called, run it.
     """
 
-    def __init__(self, file, input_names=(), is_plain=False):
+    def __init__(
+        self, file: bytes | PathLike, input_names: Sequence[str | None] = (), is_plain: bool = False
+    ) -> None:
         litert = import_litert()
-        options = {"model_content": file} if isinstance(file, bytes) else {"model_path": str(file)}
+        options: dict[str, Any] = {"model_content": file}
+        if not isinstance(file, bytes):
+            options = {"model_path": os.fspath(file)}
         if is_plain:
             resolver = litert.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
             options["experimental_op_resolver_type"] = resolver
             options["experimental_preserve_all_tensors"] = True
-        self.interpreter = litert.Interpreter(num_threads=1, **options)
-        self._runner = self.interpreter.get_signature_runner()
+        with _litert_errors():
+            self.interpreter = litert.Interpreter(num_threads=1, **options)
+            self._runner = self.interpreter.get_signature_runner()
         self._input_names = input_names
 
-    def __call__(self, *arrays):
+    def __call__(self, *arrays: Array) -> Batch:
         details = self._runner.get_input_details()
         is_named = set(self._input_names) == set(details)
         names = self._input_names if is_named else sorted(details)
-        inputs = {name: _quantized(a, details[name]) for name, a in zip(names, arrays)}
-        outputs = self._runner(**inputs)
+        inputs = {name: _quantize(a, details[name]) for name, a in zip(names, arrays)}
+        with _litert_errors():
+            outputs = self._runner(**inputs)
         details = self._runner.get_output_details()
         # Names of the converter's are numbered: output_2 comes before output_10.
         key = (lambda name: (len(name), name)) if "output_0" in outputs else None
-        return [_dequantized(outputs[name], details[name]) for name in sorted(outputs, key=key)]
+        return [_dequantize(outputs[name], details[name]) for name in sorted(outputs, key=key)]
 
-    def allocate(self):
+    def allocate(self) -> None:
         """Prepares a file that was not called."""
         # Unknown sizes are 1 in the file, which some models cannot run.
         with contextlib.suppress(RuntimeError):
             self.interpreter.allocate_tensors()
 
-    def operators(self):
+    def list_operators(self) -> list[dict[str, Any]]:
         """The operators in the order of execution, then the delegates: dicts of `op_name` and the
         indices of `inputs` and `outputs`."""
-        return self.interpreter._get_ops_details()
+        # Nothing public tells what the delegates run.
+        return list(self.interpreter._get_ops_details())
 
-    def count_operators(self):
-        """Dict from the name of an operator to how many the file has."""
-        names = [op["op_name"] for op in self.operators() if op["op_name"] != "DELEGATE"]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+    def count_operators(self) -> dict[str, int]:
+        """Returns how many of each operator the file has."""
+        return dict(collections.Counter(op["op_name"] for op in self._split_operators()[0]))
 
-    def count_partitions(self):
-        """The number of pieces that delegates run."""
-        return sum(op["op_name"] == "DELEGATE" for op in self.operators())
+    def count_float_operators(self, least_weights: int | None = None) -> dict[str, int]:
+        """Returns how many of each operator read or write float32 numbers, QUANTIZE apart.
 
-    def count_delegated(self):
-        """The number of operators that delegates run."""
-        delegates = [op for op in self.operators() if op["op_name"] == "DELEGATE"]
-        plain = [op for op in self.operators() if op["op_name"] != "DELEGATE"]
-        inside = [upstream(plain, d["outputs"], set(d["inputs"])) for d in delegates]
-        return len(set().union(*inside))
+        With `least_weights` only those count that have a float32 matrix of as many weights.
+        """
+        details = self.interpreter.get_tensor_details()
+        floats = {d["index"]: int(np.prod(d["shape"])) for d in details if d["dtype"] is np.float32}
+        operators = self._split_operators()[0]
+        if least_weights is not None:
+            computed = {i for op in operators for i in op["outputs"]}
+            computed |= {d["index"] for d in self.interpreter.get_input_details()}
+            matrices = {d["index"] for d in details if np.sum(d["shape"] > 1) > 1}
+            chosen = matrices - computed
+            floats = {i: n for i, n in floats.items() if i in chosen and n >= least_weights}
+        names = [
+            op["op_name"]
+            for op in operators
+            if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE")
+            and floats.keys() & {int(i) for i in (*op["inputs"], *op["outputs"])}
+        ]
+        return dict(collections.Counter(names))
+
+    def is_quantized(self) -> bool:
+        """Whether any tensor of numbers is stored in fewer bits than float32."""
+        details = self.interpreter.get_tensor_details()
+        return any(
+            d["quantization_parameters"]["scales"].size or d["dtype"] is np.float16 for d in details
+        )
+
+    def count_delegates(self) -> tuple[int, int]:
+        """Returns how many operators delegates run, and in how many pieces."""
+        plain, delegates = self._split_operators()
+        inside = [find_upstream(plain, d["outputs"], set(d["inputs"])) for d in delegates]
+        return len(set().union(*inside)), len(delegates)
+
+    def _split_operators(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        operators = self.list_operators()
+        delegates = [op for op in operators if op["op_name"] == "DELEGATE"]
+        return [op for op in operators if op["op_name"] != "DELEGATE"], delegates
 
 
-def upstream(operators, tensors, borders=()):
+@contextlib.contextmanager
+def _litert_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise LiteRTError(" ".join(str(error).split())) from error
+
+
+def find_upstream(
+    operators: Sequence[Mapping[str, Any]], tensors: Iterable[int], borders: Collection[int] = ()
+) -> set[int]:
     """The numbers of the operators that tensors depend on, as far as the borders."""
-    makers = {output: i for i, op in enumerate(operators) for output in op["outputs"]}
-    numbers, pending = set(), list(tensors)
+    producers = {output: i for i, op in enumerate(operators) for output in op["outputs"]}
+    numbers: set[int] = set()
+    pending = list(tensors)
     while pending:
         tensor = pending.pop()
-        maker = makers.get(tensor)
-        if maker is not None and tensor not in borders and maker not in numbers:
-            numbers.add(maker)
-            pending += list(operators[maker]["inputs"])
+        producer = producers.get(tensor)
+        if producer is not None and tensor not in borders and producer not in numbers:
+            numbers.add(producer)
+            pending += list(operators[producer]["inputs"])
     return numbers
 
 
-def _quantized(array, detail):
+def _quantize(array: Array, detail: Mapping[str, Any]) -> Array:
     scale, zero = detail["quantization"]
     if not scale or array.dtype.kind != "f":
         return np.asarray(array, detail["dtype"])
@@ -99,6 +160,6 @@ def _quantized(array, detail):
     return np.clip(np.round(array / scale) + zero, limits.min, limits.max).astype(detail["dtype"])
 
 
-def _dequantized(array, detail):
+def _dequantize(array: Array, detail: Mapping[str, Any]) -> Array:
     scale, zero = detail["quantization"]
     return (array.astype("float32") - zero) * scale if scale else array

@@ -1,11 +1,18 @@
 """The inputs of the file: their sizes, types and names."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from .. import graph
+from ..errors import ArgumentError
+from ..typing import Shape
+
+__all__ = ["specs_of"]
 
 
-def specs_of(model, input_signature):
+def specs_of(model: keras.Model, input_signature: Sequence[Any] | None) -> list[Any]:
     """The `keras.InputSpec` of each input, nested as the model takes them: a list of one structure
     for each positional argument. Sizes are those given, else the model's own, a fixed batch size
     included.
@@ -16,35 +23,36 @@ def specs_of(model, input_signature):
     else:
         config = model.get_build_config()
         shapes = config["shapes_dict"].values() if "shapes_dict" in config else config.values()
-        nested = [_nested(shape) for shape in shapes]
+        nested = [_nest_specs(shape) for shape in shapes]
         own = keras.tree.flatten(nested)
     given = own if input_signature is None else keras.tree.flatten(input_signature)
     if len(given) != len(own) or not all(map(_fits, given, own)):
-        raise ValueError(
-            "`input_signature` must have a `keras.InputSpec` that fits each of the model's inputs, "
+        raise ArgumentError(
+            "input_signature",
+            "must have a `keras.InputSpec` that fits each of the model's inputs, "
             f"{[(spec.dtype, spec.shape) for spec in own]}. Received: "
-            f"input_signature={input_signature}. Pass [keras.InputSpec(shape=...)], with the batch."
+            f"input_signature={input_signature}. Pass [keras.InputSpec(shape=...)] with the batch.",
         )
     chosen = [_spec(x.shape, spec.dtype or x.dtype, spec.name) for x, spec in zip(given, own)]
     return keras.tree.pack_sequence_as(nested, chosen)
 
 
-def _spec(shape, dtype, name=None):
+def _spec(shape: Shape, dtype: str | None, name: str | None = None) -> keras.InputSpec:
     dtype = keras.backend.standardize_dtype(dtype or "float32")
     dtype = "float32" if keras.backend.is_float_dtype(dtype) else dtype
     return keras.InputSpec(shape=tuple(shape), dtype=dtype, name=name)
 
 
-def _nested(shapes):
+def _nest_specs(shapes: Any) -> Any:
     """The specs of a structure of shapes, as a subclassed model has seen them, of any type."""
     if isinstance(shapes, dict):
-        return {name: _nested(shape) for name, shape in shapes.items()}
+        return {name: _nest_specs(shape) for name, shape in shapes.items()}
     if shapes and not isinstance(shapes[0], (int, type(None))):
-        return [_nested(shape) for shape in shapes]
+        return [_nest_specs(shape) for shape in shapes]
     return keras.InputSpec(shape=(None, *shapes[1:]))
 
 
-def _fits(given, own):
+def _fits(given: Any, own: keras.InputSpec) -> bool:
     """Whether the shape is one of those that the model takes, and the type its own, if given."""
     if getattr(given, "shape", None) is None or len(given.shape) != len(own.shape):
         return False

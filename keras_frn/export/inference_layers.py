@@ -1,0 +1,278 @@
+"""The layers that stand in an inference copy for those of the model."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from .. import ops as frn_ops
+from ..layers import FilterResponseNormalization, epsilon_of
+from ..typing import Array, Tensor
+
+__all__ = [
+    "REPLACED",
+    "Kept",
+    "MaxPooling",
+    "Normalization",
+    "ReLU6",
+    "is_channels_last",
+    "rank_of",
+]
+
+
+class Kept(layers.Layer):
+    """Calls a layer of the model itself: one that its config does not make again."""
+
+    def __init__(self, layer: keras.layers.Layer) -> None:
+        super().__init__(name=layer.name, dtype="float32")
+        self.supports_masking = True
+        self.layer = layer
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return self.layer.compute_mask(inputs, previous_mask)
+
+
+class MaxPooling(layers.Layer):
+    """Max-pooling, unless the normalization before it has done it already."""
+
+    def __init__(self, pooling: keras.layers.Layer) -> None:
+        super().__init__(name=pooling.name, dtype="float32")
+        self.pooling = pooling
+        self.data_format = pooling.data_format
+        self.is_done = False
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return inputs if self.is_done else self.pooling(inputs)
+
+
+class ReLU6(layers.Layer):
+    """ReLU6, in two steps if no operator before it takes it in.
+
+    As an operator of its own, TensorFlow Lite Micro computes it in the scale of its input, without
+    an error.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, dtype="float32")
+        self.supports_masking = True
+        self.in_steps = False
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return 6.0 - ops.relu(6.0 - ops.relu(inputs)) if self.in_steps else ops.relu6(inputs)
+
+
+class _KnownSizes(layers.Layer):
+    """Reshapes to sizes that are known without asking for the batch size at run time, which takes
+    four operators that no NPU has."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        shape = self.compute_output_shape(inputs.shape)
+        if None in shape[1:] or not is_channels_last(self):
+            return super().call(inputs)
+        return ops.reshape(inputs, (-1, *shape[1:]))
+
+
+class Flatten(_KnownSizes, layers.Flatten):
+    """Flattens known sizes in one operator."""
+
+
+class Reshape(_KnownSizes, layers.Reshape):
+    """Reshapes known sizes in one operator."""
+
+
+def _is_flat(layer: keras.layers.Layer, window: tuple[int, ...], inputs: Tensor) -> bool:
+    """Whether a layer in 3D is one in 2D on slices in depth."""
+    # TensorFlow's padding is negative there, and only in 3D.
+    is_cut = layer.padding == "same" and any(s - w > 1 for s, w in zip(layer.strides, window))
+    return None not in inputs.shape[1:] and is_channels_last(layer) and not is_cut
+
+
+class Conv3D(layers.Conv3D):
+    """A 3D convolution as one of 2D: LiteRT has no integers for CONV_3D, and slow floats.
+
+    The slices in depth that a position sees stand side by side in the channels.
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if self.groups > 1 or not _is_flat(self, self.kernel_size, inputs):
+            return super().call(inputs)
+        (depth, *sizes, channels), (kernel, *kernels) = inputs.shape[1:], self.kernel_size
+        (stride, *strides), (dilation, *dilations) = self.strides, self.dilation_rate
+        reach = (kernel - 1) * dilation + 1
+        is_same = self.padding == "same"
+        outputs = -(-depth // stride) if is_same else (depth - reach) // stride + 1
+        before = max((outputs - 1) * stride + reach - depth, 0) // 2 if is_same else 0
+        # Steps of a stride become blocks of rows, as a slice with a stride takes long.
+        blocks = outputs - 1 + -(-reach // stride)
+        after = blocks * stride - depth - before
+        x = inputs if after >= 0 else inputs[:, :after]
+        x = ops.pad(x, [(0, 0), (before, max(after, 0)), *[(0, 0)] * 3])
+        x = ops.reshape(x, (-1, blocks, stride * sizes[0], sizes[1], channels))
+        parts = []
+        for start in range(0, reach, dilation):
+            block, row = start // stride, start % stride * sizes[0]
+            parts.append(x[:, block : block + outputs, row : row + sizes[0]])
+        x = ops.reshape(ops.concatenate(parts, -1), (-1, *sizes, kernel * channels))
+        weights = ops.transpose(self.kernel, (1, 2, 0, 3, 4))
+        weights = ops.reshape(weights, (*kernels, kernel * channels, self.filters))
+        x = ops.conv(x, weights, tuple(strides), self.padding, "channels_last", tuple(dilations))
+        x = x if self.bias is None else x + ops.reshape(self.bias, (1, 1, 1, -1))
+        return ops.reshape(self.activation(x), (-1, outputs, *x.shape[1:]))
+
+
+class Conv3DTranspose(layers.Conv3DTranspose):
+    """A transposed 3D convolution as one of 2D, whose outputs are added up in depth."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        is_plain = self.output_padding is None and set(self.dilation_rate) == {1}
+        if not is_plain or not _is_flat(self, self.kernel_size, inputs):
+            return super().call(inputs)
+        (depth, *sizes, channels), (kernel, *kernels) = inputs.shape[1:], self.kernel_size
+        stride, *strides = self.strides
+        weights = ops.transpose(self.kernel, (1, 2, 0, 3, 4))
+        weights = ops.reshape(weights, (*kernels, kernel * self.filters, channels))
+        x = ops.reshape(inputs, (-1, *sizes, channels))
+        x = ops.conv_transpose(x, weights, tuple(strides), self.padding)
+        x = ops.reshape(x, (-1, depth, *x.shape[1:]))
+        sizes = x.shape[2:4]
+        blocks = depth + (kernel - 1) // stride
+        phases = []
+        for phase in range(stride):
+            total = None
+            for block, step in enumerate(range(phase, kernel, stride)):
+                part = x[..., step * self.filters : (step + 1) * self.filters]
+                part = ops.pad(part, [(0, 0), (block, blocks - depth - block), *[(0, 0)] * 3])
+                total = part if total is None else total + part
+            phases.append(0 * phases[0] if total is None else total)
+        parts = [ops.reshape(x, (-1, 1, math.prod(sizes) * self.filters)) for x in phases]
+        x = ops.reshape(ops.concatenate(parts, 1), (-1, blocks * stride, *sizes, self.filters))
+        cut = max(kernel - stride, 0)
+        first, last = (cut // 2, 0) if self.padding == "same" else (0, cut)
+        x = x[:, first : first + depth * stride + last]
+        return self.activation(x if self.bias is None else x + self.bias)
+
+
+class _Pooling3D(layers.Layer):
+    """3D pooling, which LiteRT does not have, as pooling of rows and columns and then of depth."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if not _is_flat(self, self.pool_size, inputs):
+            return super().call(inputs)
+        depth, *sizes, channels = inputs.shape[1:]
+        pool = ops.max_pool if isinstance(self, layers.MaxPooling3D) else ops.average_pool
+        (size, *rest), (stride, *strides) = self.pool_size, self.strides
+        x = ops.reshape(inputs, (-1, *sizes, channels))
+        x = pool(x, tuple(rest), tuple(strides), self.padding, "channels_last")
+        sizes = x.shape[1:3]
+        x = ops.reshape(x, (-1, depth, math.prod(sizes), channels))
+        x = pool(x, (size, 1), (stride, 1), self.padding, "channels_last")
+        return ops.reshape(x, (-1, x.shape[1], *sizes, channels))
+
+
+class MaxPooling3D(_Pooling3D, layers.MaxPooling3D):
+    """Max-pooling in steps."""
+
+
+class AveragePooling3D(_Pooling3D, layers.AveragePooling3D):
+    """Average pooling in steps."""
+
+
+class Normalization(layers.Layer):
+    """One of our normalizations with its weights as constants, in a float or an integer form.
+
+    The integer form takes `rsqrt(max(nu2, floor))`, as the rare large values of
+    `rsqrt(nu2 + epsilon)` would stretch the integer range of all others. Where the mean squares
+    span more than integers resolve, it normalizes twice: with a large epsilon, which brings the
+    samples to similar scales, and then exactly. Above the floor both equal the float form.
+
+    Attributes:
+        gamma, beta, tau, alpha: The weights as arrays, or None.
+        epsilon: All that is added to the mean square.
+        floor: The least mean square of the integer form, or None for the float form.
+        first_epsilon: The epsilon of the first of two normalizations, or None for one.
+        pooling: The max-pooling that follows, as a function, where it comes before the scale.
+    """
+
+    def __init__(self, source: FilterResponseNormalization) -> None:
+        super().__init__(name=source.name, dtype="float32")
+        self.supports_masking = True
+        self.axis = source.axis
+        self.rank = rank_of(source)
+        self.epsilon = epsilon_of(source)
+        for name in ("gamma", "beta", "tau", "alpha"):
+            weight = getattr(source, name, None)
+            value = None if weight is None else ops.convert_to_numpy(weight).astype("float32")
+            setattr(self, name, value)
+        self.floor = self.first_epsilon = self.pooling = None
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the channels are the last axis."""
+        return self.axis in (-1, self.rank - 1)
+
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None and (self.floor is not None or self.pooling is not None):
+            return self._normalize_in_steps(inputs)
+        options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
+        y = frn_ops.filter_response_normalization(inputs, self.gamma, self.beta, **options)
+        y = self._threshold(y)
+        return y if self.pooling is None else self.pooling(y)
+
+    def _normalize_in_steps(self, x: Tensor) -> Tensor:
+        epsilon, gamma = self.epsilon, self.gamma
+        if self.first_epsilon is not None:
+            # With e1 and then e2 the result is x / sqrt((1 + e2) * nu2 + e1 * e2).
+            x = x * ops.rsqrt(self.mean_square(x) + self.align(self.first_epsilon))
+            epsilon = epsilon / (self.first_epsilon - epsilon)
+            gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
+        nu2 = self.mean_square(x)
+        # An eighth of the floor is half a step of 8 bits.
+        if self.floor is None or np.max(epsilon) > self.floor / 8:
+            nu2 = nu2 + self.align(epsilon)
+        if self.floor is not None:
+            nu2 = ops.maximum(nu2, self.align(self.floor))
+        scale = ops.rsqrt(nu2)
+        scale = scale if gamma is None else scale * self.align(gamma)
+        y = (x if self.pooling is None else self.pooling(x)) * scale
+        return self._threshold(y if self.beta is None else y + self.align(self.beta))
+
+    def _threshold(self, y: Tensor) -> Tensor:
+        return y if self.tau is None else frn_ops.tlu(y, self.tau, self.alpha, axis=self.axis)
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """The mean square of an input per sample and channel, of the input's rank."""
+        axes = [axis for axis in range(1, self.rank) if axis != self.axis % self.rank]
+        return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
+
+    def align(self, value: Any) -> Array:
+        """A constant of the input's rank, as converters want it."""
+        value = np.asarray(value, "float32").reshape(-1)
+        shape = [1] * self.rank
+        shape[self.axis] = value.size
+        return value.reshape(shape)
+
+
+def rank_of(layer: keras.layers.Layer) -> int:
+    """The rank of a layer's input."""
+    return len(layer.get_build_config()["input_shape"])
+
+
+def is_channels_last(layer: keras.layers.Layer) -> bool:
+    """Whether the channels are the last axis, as far as the layer has a format."""
+    return getattr(layer, "data_format", "channels_last") == "channels_last"
+
+
+# Layers that are made again in another class, which computes the same.
+REPLACED = {
+    layers.Flatten: Flatten,
+    layers.Reshape: Reshape,
+    layers.Conv3D: Conv3D,
+    layers.Conv3DTranspose: Conv3DTranspose,
+    layers.MaxPooling3D: MaxPooling3D,
+    layers.AveragePooling3D: AveragePooling3D,
+}

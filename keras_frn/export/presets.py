@@ -1,0 +1,59 @@
+"""What each preset of `export_tflite` means."""
+
+import dataclasses
+from typing import Literal, TypeAlias
+
+__all__ = ["PRESETS", "Preset", "Scheme"]
+
+Preset: TypeAlias = Literal["float16", "dynamic", "int8", "int8_float_statistics", "int16x8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How a file stores weights and computes."""
+
+    # How far outputs may be off, as a fraction of their range and zero's. A file beyond is refused
+    # in float32, where only roundings differ, and has a warning elsewhere.
+    bound: float
+    # Whether TensorFlow's converter stores the weights in fewer bits, and their type if chosen.
+    is_optimized: bool = True
+    weights: str | None = None
+    # The integer type of the activations; None is float.
+    activations: str | None = None
+    # The converter's set of integer operators, and those that ai-edge-quantizer turns into
+    # integers. It writes the file if there are any.
+    converter_operators: str | None = None
+    quantizer_operators: tuple[str, ...] = ()
+    # Whether every operator shall be in integers.
+    is_integer: bool = False
+    # The least mean square that the integers tell from zero, as a fraction of a layer's largest.
+    floor: float | None = None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether ranges of activations are measured on calibration data."""
+        return self.activations is not None
+
+
+_PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
+PRESETS: dict[Preset | None, Scheme] = {
+    None: Scheme(bound=1e-4, is_optimized=False),
+    "float16": Scheme(bound=0.01, weights="float16"),
+    "dynamic": Scheme(bound=0.1),
+    "int8": Scheme(
+        bound=0.2,
+        activations="int8",
+        converter_operators="TFLITE_BUILTINS_INT8",
+        quantizer_operators=("ALL_SUPPORTED",),
+        is_integer=True,
+        floor=1 / 64,
+    ),
+    "int8_float_statistics": Scheme(bound=0.2, activations="int8", quantizer_operators=_PRODUCTS),
+    "int16x8": Scheme(
+        bound=0.1,
+        activations="int16",
+        converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
+        is_integer=True,
+        floor=1 / 1024,
+    ),
+}

@@ -1,0 +1,326 @@
+import errno
+import os
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from exporting import (
+    FLOAT,
+    PRESETS,
+    exports,
+    frn,
+    frn_tlu_layer,
+    images,
+    shuffled_weights,
+    small_model,
+    stored_shapes,
+)
+from keras import layers
+from markdown import run_code
+from reference import close
+
+import keras_frn
+from keras_frn.export import export_tflite
+from keras_frn.export.runtime import LiteRT, LiteRTError
+
+pytestmark = exports
+pytest.importorskip("ai_edge_litert")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
+    model, x = small_model(), images(rng)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    expected = model.predict(x, verbose=0)
+    (actual,) = LiteRT(report.path)(x)
+    close(actual, expected, PRESETS[preset])
+    assert report.max_error == pytest.approx(np.abs(actual - expected).max(), rel=0.05, abs=1e-6)
+    assert report.agreement == (actual.argmax(-1) == expected.argmax(-1)).mean()
+    assert report.size == os.path.getsize(report.path)
+    assert report.samples == 64
+    assert report.quantization == preset
+    assert report.equalized == (("first", "second") if preset and "int" in preset else ())
+    # Unresized, a model of unknown batch size runs on one sample.
+    interpreter = LiteRT(report.path).interpreter
+    assert interpreter.get_input_details()[0]["shape"].tolist() == [1, 12, 12, 3]
+
+
+@pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
+def test_float_files_are_one_partition_of_eight_operators_per_frn_and_tlu(preset, tmp_path, rng):
+    report = export_tflite(
+        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 16)
+    )
+    # 2 convolutions, 2 * 8 (MUL MEAN ADD RSQRT MUL MUL ADD MAXIMUM), pooling, dense.
+    count = sum(n for name, n in report.operators.items() if name != "DEQUANTIZE")
+    assert count == 20
+    assert report.partitions == 1
+    assert report.delegated == sum(report.operators.values())
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
+def test_blank_faint_and_saturated_inputs_give_outputs_in_the_range_seen(preset, tmp_path, rng):
+    x = images(rng)
+    model = small_model()
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    seen = model.predict(x, verbose=0)
+    # 16-bit integers reach as far on both sides of zero. One step of 255 may be added, as the range
+    # is rounded outwards.
+    low, high = seen.min(), seen.max()
+    if preset == "int16x8":
+        low, high = -np.abs(seen).max(), np.abs(seen).max()
+    step = 1.01 * (high - low) / 255
+    for extreme in (0 * x, 0.01 * x, 1e6 * x, np.full_like(x, 1e3)):
+        (outputs,) = LiteRT(report.path)(extreme)
+        assert np.isfinite(outputs).all()
+        assert outputs.min() >= low - step
+        assert outputs.max() <= high + step
+
+
+@pytest.mark.parametrize("preset", [None, "int8"])
+def test_several_inputs_and_named_outputs(preset, tmp_path, rng):
+    image, extra = keras.Input((8, 8, 3), name="z_image"), keras.Input((4,), name="a_extra")
+    x = layers.GlobalAveragePooling2D()(frn_tlu_layer()(layers.Conv2D(6, 3)(image)))
+    x = layers.Concatenate()([x, extra])
+    outputs = {"scores": layers.Dense(3)(x), "amount": layers.Dense(1)(x)}
+    model = shuffled_weights(keras.Model([image, extra], outputs))
+    data = {"z_image": images(rng, 20, (8, 8, 3)), "a_extra": images(rng, 20, (4,))}
+    as_list = [data["z_image"], data["a_extra"]]
+    for calibration_data in (data, as_list, [(as_list, None)]):
+        report = export_tflite(
+            model, tmp_path / "m.tflite", quantization=preset, calibration_data=calibration_data
+        )
+        assert report.max_error < (1e-5 if preset is None else 0.1)
+        assert report.samples == 20
+
+
+@keras.saving.register_keras_serializable(package="test_export")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.convolution = layers.Conv2D(4, 3)
+        self.normalization = frn_tlu_layer(name="within")
+        self.pooling = layers.GlobalAveragePooling2D()
+
+    def call(self, inputs):
+        return self.pooling(self.normalization(self.convolution(inputs)))
+
+
+def test_a_subclassed_model_is_taken_as_it_is(tmp_path, rng):
+    x, model = images(rng, 20), Subclassed()
+    model(x)
+    with pytest.warns(UserWarning, match="nothing is quantized: .* as a float32 file"):
+        report = export_tflite(
+            model, tmp_path / "m.tflite", quantization="dynamic", calibration_data=x
+        )
+    assert "dynamic, nothing quantized" in str(report).splitlines()[0]
+    assert report.max_error < FLOAT
+    report = export_tflite(model, tmp_path / "m.tflite", quantization="int8", calibration_data=x)
+    assert report.not_equalized == {"within": "it is part of a subclassed model"}
+    assert "within" in report.warnings[0]
+    mixed = Subclassed(dtype="mixed_float16")
+    mixed(x)
+    with pytest.raises(ValueError, match=r"subclassed model with dtypes .*'float16'"):
+        export_tflite(mixed, tmp_path / "mixed.tflite")
+
+
+ERRORS = {
+    "preset": (dict(quantization="int4"), r"`quantization` must be one of .* Received: .*'int4'"),
+    "no data": (dict(quantization="int8"), r"`calibration_data` must be given .*100 to 500"),
+    "empty": (
+        dict(quantization="int16x8", calibration_data=iter([])),
+        "`calibration_data` must hold at least one sample",
+    ),
+    "shape": (
+        dict(calibration_data=np.zeros((2, 5, 5, 3))),
+        r"`calibration_data` must have the shape .*\(2, 5, 5, 3\)",
+    ),
+    "infinite": (
+        dict(calibration_data=np.full((1, 12, 12, 3), np.inf)),
+        "`calibration_data` must be finite",
+    ),
+    "two inputs": (
+        dict(calibration_data=[([np.zeros((1, 12, 12, 3))] * 2, None)]),
+        "`calibration_data` must hold 1 inputs per sample. Received: 2",
+    ),
+    "integer_io": (dict(integer_io=True), "`integer_io` must be False unless .*integer_io=True"),
+    "ending": (
+        dict(path="model.lite"),
+        r"`path` must end with .tflite. Received: path='model.lite'",
+    ),
+    "folder": (dict(path="absent/m.tflite"), "`path` must be in a folder that exists"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        export_tflite(small_model(), **{"path": "m.tflite", **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise LiteRTError("XNNPACK takes no output that is so much smaller than its products")
+
+    monkeypatch.setattr("keras_frn.export.LiteRT", refuse)
+    with pytest.raises(ValueError, match=r"`model` must become a file that LiteRT runs.*XNNP"):
+        export_tflite(small_model(), tmp_path / "m.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["temporary folder", "file"])
+def test_a_disk_that_cannot_be_written_is_not_the_models_fault(what, tmp_path, monkeypatch):
+    """The temporary folder is absent or full, or the disk becomes full with the file."""
+    (tmp_path / "m.tflite").write_bytes(b"before")
+    if what == "file":
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(full))
+    else:
+        monkeypatch.setattr("tempfile.tempdir", "/proc/none")
+    with pytest.raises(OSError, match=r"No (space|usable|such)") as caught:
+        export_tflite(small_model(), tmp_path / "m.tflite")
+    assert not isinstance(caught.value, ValueError)
+    assert (tmp_path / "m.tflite").read_bytes() == b"before"
+
+
+def test_a_full_disk_that_tensorflow_meets_is_an_os_error(tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    def fill(*_, **__):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr("tensorflow.saved_model.save", fill)
+    with pytest.raises(OSError, match=r"cannot be written to .*No space left"):
+        export_tflite(small_model(), tmp_path / "m.tflite")
+
+
+class InNumPy(layers.Layer):
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def call(self, inputs):
+        return keras.ops.convert_to_tensor(np.sort(np.asarray(inputs)))
+
+
+REFUSED = {
+    "no operator": (lambda x: keras.ops.erfinv(x), None, "LiteRT has no operator for Erfinv"),
+    "several": (lambda x: keras.ops.fft2((x, x))[0], "int8", "no operator for Complex, FFT2D"),
+    "no integer form": (lambda x: -x, "int16x8", "no integer form of NEG. 'int8_float_stat"),
+    "not traced": (InNumPy(), "dynamic", r"cannot trace it: .*InNumPy.call\(\).*NumPy call"),
+    "ConvLSTM": (
+        lambda x: layers.ConvLSTM2D(2, 3)(x[:, None]),
+        None,
+        r"unknown batch size .*input_signature=\[keras.InputSpec\(shape=\(1, 8, 8, 3\)\)\]",
+    ),
+    "loop": (
+        lambda x: layers.ConvLSTM2D(2, 3)(x[:, None]),
+        "int8",
+        r"unknown batch size .*input_signature=",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_a_sentence_with_the_operators_name(name, tmp_path, rng):
+    function, preset, message = REFUSED[name]
+    inputs = keras.Input((8, 8, 3))
+    model, path = keras.Model(inputs, function(inputs)), tmp_path / "m.tflite"
+    path.write_bytes(b"before")
+    data = images(rng, 16, (8, 8, 3))
+    with pytest.raises(ValueError, match=message) as caught:
+        export_tflite(model, path, quantization=preset, calibration_data=data)
+    assert len(str(caught.value)) < 600, "not the pages that the converter prints"
+    assert ("Recurrent" in str(caught.value)) == (name in ("ConvLSTM", "loop"))
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
+
+
+def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
+    model = small_model()
+    model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))
+    weights = [w.numpy() for w in model.weights]
+    export_tflite(
+        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 16)
+    )
+    for before, after in zip(weights, model.weights):
+        np.testing.assert_array_equal(before, after.numpy())
+    assert model.get_layer("first").epsilon == 1e-6
+
+
+def test_the_report_says_what_the_file_is(tmp_path, rng, capsys):
+    """In shares of the range, with the limit beside each, and what stayed in float."""
+    inputs = keras.Input((12, 12, 3))
+    x = layers.ELU()(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
+    model, x = shuffled_weights(keras.Model(inputs, layers.Dense(3)(x))), images(rng)
+    with pytest.warns(UserWarning, match="1 operators stay in float.*: 1 ELU"):
+        report = export_tflite(
+            model, tmp_path / "m.tflite", quantization="int8", calibration_data=x, verbose=True
+        )
+    assert "converting to int8" in capsys.readouterr().out
+    expected = model.predict(x, verbose=0)
+    fraction = report.max_error / (max(expected.max(), 0) - min(expected.min(), 0))
+    assert report.max_error_fraction == pytest.approx(fraction, rel=1e-4)
+    text = str(report)
+    assert f"{report.max_error:.3g}, {fraction:.2%} of the output's range, limit 20%" in text
+    assert "in float       1 ELU" in text
+    assert "equalized      0 of 1 normalizations" in text
+    assert "not first: it is fed by the model's input" in text
+    assert "int8_float_statistics" in text  # what the warning recommends
+    assert "no `calibration_data`" in str(export_tflite(model, tmp_path / "m.tflite"))
+
+
+@pytest.mark.parametrize("accelerator", ["ethos-u55-128", "ethos-u85-256"])
+def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
+    pytest.importorskip("ethosu")
+    # Samples of different scale, so that the form with two normalizations is among them.
+    x = images(rng) * (10 ** rng.uniform(-1, 0, (64, 1, 1, 1))).astype("float32")
+    report = export_tflite(
+        small_model(),
+        tmp_path / "m.tflite",
+        quantization="int8",
+        calibration_data=x,
+        integer_io=True,
+    )
+    assert report.operators["RSQRT"] == 3
+    command = [
+        sys.executable,
+        "-c",
+        "from ethosu.vela.vela import main; main()",
+        report.path,
+        "--output-dir",
+        str(tmp_path),
+    ]
+    command += ["--accelerator-config", accelerator]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"CPU operators = 0 \(0.0%\)", done.stdout)
+    assert re.search(r"NPU operators = [1-9]\d* \(100.0%\)", done.stdout)
+
+
+def test_the_examples_of_the_guide(tmp_path, monkeypatch, rng, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": small_model(), "images": images(rng, 300), "labels": np.zeros(300)}
+    names["keras_frn"] = keras_frn
+    names["model"].save("model.keras")
+    np.save("images.npy", names["images"])
+    assert run_code("docs/export.md", names) == 3
+    assert "XNNPACK" in capsys.readouterr().out
+    assert (1, 12, 12, 3) in stored_shapes("model.tflite")
+
+
+def test_data_that_show_nothing_are_warned_of(tmp_path, rng):
+    x = images(rng)
+    for data, message in ((0 * x, "hardly varies"), (x[:1], "1 different samples")):
+        with pytest.warns(UserWarning, match=message):
+            report = export_tflite(
+                small_model(), tmp_path / "m.tflite", quantization="int8", calibration_data=data
+            )
+        assert any(message in text for text in report.warnings)
+    report = export_tflite(
+        small_model(), tmp_path / "m.tflite", quantization=None, calibration_data=x
+    )
+    assert f"image {x.min():.4g} to {x.max():.4g}" in str(report)

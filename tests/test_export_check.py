@@ -1,0 +1,84 @@
+import keras
+import numpy as np
+import pytest
+from exporting import (
+    exports,
+    frn,
+    images,
+    small_model,
+)
+from keras import layers
+
+from keras_frn.export import export_tflite
+
+pytestmark = exports
+pytest.importorskip("ai_edge_litert")
+
+
+class Elsewhere(layers.Layer):
+    """Computes something else in a graph, as a layer that LiteRT has wrong would."""
+
+    def call(self, inputs):
+        import tensorflow as tf
+
+        return inputs if tf.executing_eagerly() else inputs + 0.01
+
+
+def test_a_float_file_of_something_else_is_refused_with_the_layer(tmp_path):
+    after = [layers.Conv2D(4, 3), Elsewhere(name="elsewhere"), layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3), frn(), *after])
+    with pytest.raises(ValueError, match=r"computes the same.*The first layer to differ is else"):
+        export_tflite(model, tmp_path / "m.tflite")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_layer_is_found_where_branches_are_beside_it(tmp_path):
+    """Half of the layers in the order of the model does not end in one tensor."""
+    inputs = keras.Input((12, 12, 3))
+    plain = wrong = inputs
+    for i in range(4):
+        plain = layers.Conv2D(4, 1, name=f"plain_{i}")(plain)
+        wrong = Elsewhere(name="wrong")(wrong) if i == 1 else layers.Conv2D(4, 1)(wrong)
+    model = keras.Model(inputs, layers.Add()([plain, wrong]))
+    with pytest.raises(ValueError, match="The first layer to differ is wrong"):
+        export_tflite(model, tmp_path / "m.tflite")
+
+
+def test_outputs_beyond_the_bound_are_warned_of(tmp_path, rng):
+    model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3), frn(), Elsewhere()])
+    with pytest.warns(UserWarning, match=r"differ .* by up to .*float16 should stay within 0.01"):
+        report = export_tflite(
+            keras.Sequential([model, layers.Rescaling(0.1), Elsewhere()]),
+            tmp_path / "m.tflite",
+            quantization="float16",
+            calibration_data=images(rng, 16),
+        )
+    assert "float16 should stay within 0.01" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
+def test_a_model_that_amplifies_roundings_is_exported_with_a_warning(tmp_path, rng):
+    """At one position and without a learned epsilon a normalization is the sign of its input."""
+    blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
+    model = keras.Sequential([keras.Input((16,)), *blocks])
+    with pytest.warns(UserWarning, match="amplifies roundings.*should learn epsilon"):
+        report = export_tflite(
+            model,
+            tmp_path / "m.tflite",
+            quantization=None,
+            calibration_data=images(rng, 500, (16,)),
+        )
+    assert report.max_error > 1e-4
+
+
+def test_not_a_number_in_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(
+        "keras_frn.export.LiteRT.__call__", lambda self, x: [np.full((len(x), 5), np.nan, "f4")]
+    )
+    with pytest.raises(ValueError, match="up to inf of their range"):
+        export_tflite(
+            small_model(),
+            tmp_path / "m.tflite",
+            quantization=None,
+            calibration_data=images(rng, 16),
+        )
