@@ -15,7 +15,7 @@ from reference import close
 
 # Their blocks are whole programs, each of which names its backend.
 OF_PROGRAMS = ("devices.md", "per-example-gradients.md")
-# test_export_tflite.py runs export.md.
+# test_export.py runs export.md.
 OTHERS = ("export.md", *OF_PROGRAMS)
 PAGES = sorted(
     str(path.relative_to(ROOT))

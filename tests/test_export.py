@@ -255,7 +255,7 @@ def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
 def test_the_report_says_what_the_file_is(tmp_path, rng, capsys):
     """In shares of the range, with the limit beside each, and what stayed in float."""
     inputs = keras.Input((12, 12, 3))
-    x = layers.ELU()(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
+    x = layers.Activation("elu")(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
     model, x = shuffled_weights(keras.Model(inputs, layers.Dense(3)(x))), images(rng)
     with pytest.warns(UserWarning, match="1 operators stay in float.*: 1 ELU"):
         report = export_tflite(

@@ -237,10 +237,11 @@ def _commutes(layer: keras.layers.Layer) -> bool:
     return isinstance(layer, _COMMUTING) and is_channels_last(layer)
 
 
-def _is_relu6(layer: Any) -> bool:
-    if isinstance(layer, layers.ReLU):
+def _is_relu6(layer: keras.layers.Layer) -> bool:
+    kind = type(layer)
+    if kind is layers.ReLU:
         return layer.max_value == 6 and not layer.negative_slope and not layer.threshold
-    return isinstance(layer, layers.Activation) and layer.activation is keras.activations.relu6
+    return kind is layers.Activation and layer.activation is keras.activations.relu6
 
 
 def _is_scalable(layer: keras.layers.Layer) -> bool:

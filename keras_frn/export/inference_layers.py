@@ -141,7 +141,7 @@ class Conv3DTranspose(layers.Conv3DTranspose):
         x = ops.reshape(x, (-1, depth, *x.shape[1:]))
         sizes = x.shape[2:4]
         blocks = depth + (kernel - 1) // stride
-        phases = []
+        phases: list[Tensor] = []
         for phase in range(stride):
             total = None
             for block, step in enumerate(range(phase, kernel, stride)):
