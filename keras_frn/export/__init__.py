@@ -132,7 +132,7 @@ def export_tflite(
         sizes = ", ".join(str(spec.shape[1:]) for spec in inputs)
         notes.append(f"takes the size of the calibration data only, {sizes}.")
     if scheme.is_calibrated and copy is None:
-        norms = [x for x in graph.layers(model) if isinstance(x, FilterResponseNormalization)]
+        norms = [x for x in graph.list_layers(model) if isinstance(x, FilterResponseNormalization)]
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
     elif scheme.is_calibrated and copy is not None:
         show(f"equalizing {len(copy.normalizations)} normalizations")
@@ -259,7 +259,7 @@ def _copy(model: keras.Model) -> InferenceCopy | None:
         copy.pool_first()
         return copy
     dtypes = {weight.dtype for weight in model.weights}
-    dtypes |= {layer.compute_dtype for layer in (model, *graph.layers(model))}
+    dtypes |= {layer.compute_dtype for layer in (model, *graph.list_layers(model))}
     if not dtypes <= {"float32"}:
         raise ArgumentError(
             "model",

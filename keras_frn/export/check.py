@@ -95,7 +95,7 @@ def find_bound(model: keras.Model, quantization: Preset | None) -> float:
 
 
 def _is_half(model: keras.Model) -> bool:
-    dtypes = {layer.compute_dtype for layer in (model, *graph.layers(model))}
+    dtypes = {layer.compute_dtype for layer in (model, *graph.list_layers(model))}
     return bool(dtypes & {"float16", "bfloat16"})
 
 

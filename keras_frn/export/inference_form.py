@@ -106,12 +106,12 @@ class InferenceCopy:
         if isinstance(layer, MaxPooling):
             return layer
         (tensor,) = calls[0].outputs
-        readers = self._wiring.readers(tensor)
-        if len(readers) != 1 or readers[0] is None or self._wiring.is_checked(tensor):
+        consumers = self._wiring.consumers(tensor)
+        if len(consumers) != 1 or consumers[0] is None or self._wiring.is_checked(tensor):
             return None
-        reader = readers[0].layer
-        passes_on = isinstance(reader, MaxPooling) or _is_threshold(reader)
-        return self._next_pooling(reader) if passes_on else None
+        consumer = consumers[0].layer
+        passes_on = isinstance(consumer, MaxPooling) or _is_threshold(consumer)
+        return self._next_pooling(consumer) if passes_on else None
 
     def equalize(self, batches: Iterable[Batch]) -> None:
         """Scales each input channel of a normalization to unit root mean square on the batches."""
@@ -149,9 +149,16 @@ class InferenceCopy:
 
     def _fuses(self, tensor: Tensor) -> bool:
         """Whether the operator that gives a tensor takes in an activation that follows."""
-        maker, products = self._wiring.maker(tensor), (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE)
-        is_alone = len(self._wiring.readers(tensor)) == 1
-        return is_alone and maker is not None and isinstance(maker.layer, (*products, layers.Add))
+        producer, products = (
+            self._wiring.producer(tensor),
+            (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE),
+        )
+        is_alone = len(self._wiring.consumers(tensor)) == 1
+        return (
+            is_alone
+            and producer is not None
+            and isinstance(producer.layer, (*products, layers.Add))
+        )
 
     def _record(self, batches: Iterable[Batch]) -> dict[Normalization, Array]:
         """Dict from each normalization to the mean squares of its inputs."""
@@ -160,7 +167,7 @@ class InferenceCopy:
         def record(layer: Normalization, x: Tensor, *_: Any) -> None:
             recorded[layer].append(ops.convert_to_numpy(layer.mean_square(x)))
 
-        with graph.watched(self.normalizations, record):
+        with graph.watch_calls(self.normalizations, record):
             for batch in batches:
                 self.model(graph.inputs_like(self.model, batch), training=False)
         return {x: np.concatenate(values).astype("float64") for x, values in recorded.items()}
@@ -179,11 +186,11 @@ class InferenceCopy:
         self, tensor: Tensor, factor: Array
     ) -> list[tuple[keras.layers.Layer, Array]]:
         """Pairs of a layer and its factor that scale a tensor, and nothing else."""
-        readers = self._wiring.readers(tensor)
-        if len(readers) > 1:
-            last = "the model's output" if readers[-1] is None else readers[-1].layer.name
+        consumers = self._wiring.consumers(tensor)
+        if len(consumers) > 1:
+            last = "the model's output" if consumers[-1] is None else consumers[-1].layer.name
             raise _NotPossibleError(f"what feeds it also feeds {last}")
-        call = self._wiring.maker(tensor)
+        call = self._wiring.producer(tensor)
         if call is None:
             raise _NotPossibleError("it is fed by the model's input")
         layer, inputs = call.layer, call.inputs
