@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from backends import float64_enabled, numpy
 from keras import layers
-from markdown import run_code
+from markdown_blocks import run_code
 
 from keras_frn.constraints import ZeroMean
 

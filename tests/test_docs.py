@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND, numpy
-from markdown import ROOT, programs, run_code
+from markdown_blocks import ROOT, programs, run_code
 from reference import close
 
 # Their blocks are whole programs, each of which names its backend.

@@ -5,7 +5,7 @@ import runpy
 import numpy as np
 import pytest
 from backends import BACKEND
-from markdown import ROOT
+from markdown_blocks import ROOT
 
 
 def run(name, **options):

@@ -19,7 +19,7 @@ from exporting import (
     stored_shapes,
 )
 from keras import layers
-from markdown import run_code
+from markdown_blocks import run_code
 from reference import close
 
 import keras_frn
