@@ -7,13 +7,21 @@ import subprocess
 import sys
 import tempfile
 import timeit
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
+from .errors import ArgumentError
 from .export.runtime import LiteRT
 from .layers import FilterResponseNormalizationTLU
+from .typing import PathLike
+
+__all__ = ["Row", "build_model", "digits", "run", "train"]
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 # A user's program, which imports nothing else to load the file.
 _PREDICT = """
@@ -37,28 +45,26 @@ class Row:
     kilobytes: float
     ms_per_image: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.format:18}{self.accuracy:10.2%}{self.largest_difference:12.1e}"
             f"{self.kilobytes:8.0f}{self.ms_per_image:10.4f}"
         )
 
 
-def digits():
+def digits() -> tuple[Array, Array, Array, Array]:
     """Scikit-learn's digits, 8x8 pixels in [0, 1], as `(x_train, y_train, x_test, y_test)`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
-            'The demo needs scikit-learn and matplotlib: pip install "keras-frn[demo]".'
-        ) from error
+        raise ImportError("The demo needs scikit-learn: pip install scikit-learn") from error
     data = load_digits()
     x, y = (data.images[..., None] / 16.0).astype("float32"), data.target
     held_out = np.arange(len(x)) % 5 == 0
     return x[~held_out], y[~held_out], x[held_out], y[held_out]
 
 
-def build_model():
+def build_model() -> keras.Model:
     """A small convolutional network, FRN + TLU after each convolution."""
     model = keras.Sequential([keras.Input((8, 8, 1), name="image")], name="digits")
     for filters, strides in ((16, 1), (32, 2), (64, 1)):
@@ -69,7 +75,9 @@ def build_model():
     return model
 
 
-def train(model, x, y, epochs=24, verbose="auto"):
+def train(
+    model: keras.Model, x: Array, y: Array, *, epochs: int = 24, verbose: int | str = "auto"
+) -> keras.callbacks.History:
     """Trains with Adam and a cosine schedule; returns Keras' history."""
     batch_size = 32
     steps = epochs * math.ceil(len(x) / batch_size)
@@ -82,7 +90,7 @@ def train(model, x, y, epochs=24, verbose="auto"):
     return model.fit(x, y, batch_size=batch_size, epochs=epochs, verbose=verbose)
 
 
-def run(output, epochs=24):
+def run(output: PathLike, *, epochs: int = 24) -> list[Row]:
     """Runs the demo, prints a table, and writes model files and `training.png` to a folder.
 
     Args:
@@ -98,13 +106,13 @@ def run(output, epochs=24):
     """
     output = Path(output).absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"`output` must be a new or empty folder. Received: output={str(output)!r}, which has "
-            "other files. Choose another with `--output DIR`, or empty it."
-        )
+        problem = f"must be a new or empty folder. Received: {output}, which is or has a file."
+        raise ArgumentError("output", f"{problem} Choose another, or empty it.")
     x_train, y_train, x_test, y_test = digits()
-    import matplotlib  # before the work, as the extra may be missing
-
+    try:
+        import matplotlib  # before the work
+    except ImportError as error:
+        raise ImportError("The demo needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     print(
         f"Trains a network of FRN + TLU layers on {len(x_train)} images of digits, saves and "
@@ -112,27 +120,30 @@ def run(output, epochs=24):
     )
     keras.utils.set_random_seed(0)
     model = build_model()
-    history = train(model, x_train, y_train, epochs).history
+    history = train(model, x_train, y_train, epochs=epochs, verbose=2).history
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".demo") as folder:
         partial = Path(folder, "files")
         partial.mkdir()
         expected, rows = model.predict(x_test, verbose=0), []
-        for name, path, predict, logits in _formats(model, partial, x_test, expected):
+        for name, path, predict, logits in _write_formats(model, partial, x_test, expected):
             accuracy = float(np.mean(np.argmax(logits, -1) == y_test))
             difference = float(np.max(np.abs(logits - expected)))
-            ms = _milliseconds(predict, x_test)
-            rows.append(Row(name, accuracy, difference, _kilobytes(path), ms))
+            ms = _time(predict, x_test)
+            rows.append(Row(name, accuracy, difference, _measure_kilobytes(path), ms))
         _plot(model, history, partial / "training.png")
         os.replace(partial, output)
     print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}", *rows, sep="\n")
+    print("difference: the largest one of an output (a logit) from the trained model's")
     print(f"\nWrote {output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
     print(f"Next: keras-frn inspect {output / 'digits.keras'}")
     return rows
 
 
-def _formats(model, folder, x, expected):
-    """Yields the name of each format, its file, a function from images to logits, and logits."""
+def _write_formats(
+    model: keras.Model, folder: Path, x: Array, expected: Array
+) -> Iterator[tuple[str, Path, Callable[[Array], Any], Array]]:
+    """Writes each format; yields its name, file, function from images to logits, and logits."""
     path = folder / "digits.keras"
     model.save(path)
     yield "trained model", path, model.predict_on_batch, expected
@@ -153,7 +164,7 @@ def _formats(model, folder, x, expected):
     yield "LiteRT", path, runtime, runtime(x)[0]
 
 
-def _predict_in_new_process(path, x):
+def _predict_in_new_process(path: Path, x: Array) -> Array:
     with tempfile.TemporaryDirectory() as folder:
         images, result = Path(folder, "x.npy"), Path(folder, "logits.npy")
         np.save(images, x)
@@ -161,18 +172,18 @@ def _predict_in_new_process(path, x):
         return np.load(result)
 
 
-def _milliseconds(predict, x):
-    """The median time for an image."""
+def _time(predict: Callable[[Array], Any], x: Array) -> float:
+    """The median time for an image, in milliseconds."""
     seconds = timeit.repeat(lambda: predict(x), number=1, repeat=20)
     return 1e3 * float(np.median(seconds)) / len(x)
 
 
-def _kilobytes(path):
+def _measure_kilobytes(path: Path) -> float:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file()) / 1e3
 
 
-def _plot(model, history, path):
+def _plot(model: keras.Model, history: dict[str, list[float]], path: Path) -> None:
     """Training, and what the layers learned: gamma and tau against each other per layer."""
     from matplotlib import pyplot as plt
 

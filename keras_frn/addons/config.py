@@ -6,12 +6,17 @@ Nothing in it is imported by name or run: names are those of Keras' classes or `
 import dataclasses
 import inspect
 import itertools
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any
 
 import keras
 import numpy as np
 
 from ..layers import TLU, FilterResponseNormalization
+from ..typing import Tensor
 from . import hard_sigmoid_of_keras2
+from .files import reading_errors
 from .operators import call_operator
 
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
@@ -39,7 +44,7 @@ class _NamedError(ValueError):
 class Thresholds:
     """What becomes of a TLU: the axes of its weights, and how many stored values share one."""
 
-    axis: int | tuple = -1
+    axis: int | tuple[int, ...] = -1
     positions: int = 1
 
 
@@ -49,11 +54,14 @@ class Builder:
     `tlus` are the TLU layers in order, `members` the layers of each model by its id, in the order
     of the config. That is the order of the weights in a file, which Keras 3 may not keep."""
 
-    def __init__(self, thresholds=None):
-        self.thresholds = iter(thresholds or itertools.repeat(Thresholds()))
-        self.members, self.tlus = {}, []
+    def __init__(self, thresholds: Iterable[Thresholds] | None = None) -> None:
+        self.thresholds: Iterator[Thresholds] = iter(thresholds or itertools.repeat(Thresholds()))
+        self.members: dict[int, list[Any]] = {}
+        self.tlus: list[TLU] = []
 
-    def revive(self, value, homes=LAYERS, key=None):
+    def revive(
+        self, value: Any, homes: tuple[ModuleType, ...] = LAYERS, key: str | None = None
+    ) -> Any:
         """A value in a config, with the objects that it describes, from the modules `homes`."""
         if isinstance(value, list):
             return [self.revive(item, homes) for item in value]
@@ -77,18 +85,18 @@ class Builder:
         if not isinstance(kind, str) or "config" not in value:
             return {k: self.revive(v, homes, k) for k, v in value.items()}
         try:
-            return self._instance(value, homes)
-        except _NamedError:
+            return self._make(value, homes)
+        except (_NamedError, OSError):
             raise
-        except Exception as error:
+        except reading_errors() as error:
             message = " ".join(str(error).split()) or type(error).__name__
             raise _NamedError(f"{kind} {_name(value)!r} {message}") from error
 
-    def _instance(self, data, homes):
+    def _make(self, data: dict[str, Any], homes: tuple[ModuleType, ...]) -> Any:
         names = [data.get("registered_name"), data["class_name"]]
         kind, config = data["class_name"].rpartition(">")[2], data["config"]
         is_of_addons = any(str(name).startswith("Addons>") for name in names)
-        ours = {"FilterResponseNormalization": self._normalization, "TLU": self._threshold}
+        ours = {"FilterResponseNormalization": self._make_normalization, "TLU": self._make_tlu}
         if is_of_addons and kind in ours:
             return ours[kind](config)
         for name in filter(None, [*names, kind]):
@@ -96,9 +104,9 @@ class Builder:
             if custom is not None:
                 return custom.from_config(self.revive(config, homes))
         if kind in ("Functional", "Model"):
-            return self._functional(config)
+            return self._make_functional(config)
         if kind == "Sequential":
-            return self._sequential(config)
+            return self._make_sequential(config)
         if kind.startswith("LossScaleOptimizer"):
             inner = self.revive(config["inner_optimizer"], homes)
             return keras.optimizers.LossScaleOptimizer(inner)
@@ -112,9 +120,11 @@ class Builder:
             reason = f"is not in Keras 3. {_BY_CODE}" if cls is None else f"is not read. {_BY_CODE}"
             raise ValueError(f"{reason}, or pass custom_objects={{{kind!r}: its class}}")
         config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
-        return cls(**self._options(cls, config, homes))
+        return cls(**self._read_options(cls, config, homes))
 
-    def _options(self, cls, config, homes=LAYERS):
+    def _read_options(
+        self, cls: type, config: dict[str, Any], homes: tuple[ModuleType, ...] = LAYERS
+    ) -> dict[str, Any]:
         """The arguments of a class of Keras 3, from those of Keras 2."""
         options, accepted = self.revive(config, homes), {*inspect.signature(cls).parameters}
         if "kwargs" in accepted:  # which go to the base class
@@ -134,19 +144,19 @@ class Builder:
 
     # The layers of Addons
 
-    def _normalization(self, config):
+    def _make_normalization(self, config: dict[str, Any]) -> FilterResponseNormalization:
         if config["axis"] != [1, 2]:
             raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
         tiny = float(np.finfo("float32").tiny)  # instead of 0, which gave NaN for zeros
         epsilon = abs(config["epsilon"]) or (0 if config["learned_epsilon"] else tiny)
         config = {**config, "axis": -1, "epsilon": epsilon}
         for key in ("gamma_constraint", "beta_constraint"):
-            config[key] = _of_channels(config.get(key))
-        options = self._options(FilterResponseNormalization, config)
+            config[key] = _adapt_constraint(config.get(key))
+        options = self._read_options(FilterResponseNormalization, config)
         return FilterResponseNormalization(**options)
 
-    def _threshold(self, config):
-        choice, options = next(self.thresholds), self._options(TLU, config)
+    def _make_tlu(self, config: dict[str, Any]) -> TLU:
+        choice, options = next(self.thresholds), self._read_options(TLU, config)
         for key in ("tau_regularizer", "alpha_regularizer"):
             if choice.positions > 1 and options.get(key) is not None:
                 factors = options[key].get_config().items()
@@ -156,7 +166,7 @@ class Builder:
 
     # Models
 
-    def _sequential(self, config):
+    def _make_sequential(self, config: dict[str, Any]) -> keras.Model:
         layers = [self.revive(data) for data in config["layers"]]
         model = keras.Sequential(layers, name=config.get("name"))
         if not model.built and config.get("build_input_shape"):
@@ -164,8 +174,10 @@ class Builder:
         self.members[id(model)] = model.layers
         return model
 
-    def _functional(self, config):
-        layers, calls, tensors = {}, {}, {}
+    def _make_functional(self, config: dict[str, Any]) -> keras.Model:
+        layers: dict[str, Any] = {}
+        calls: dict[tuple[str, int], Any] = {}
+        tensors: dict[tuple[str, int], list[Tensor]] = {}
         for data in config["layers"]:
             is_operator = data["class_name"] in ("TFOpLambda", "SlicingOpLambda")
             layer = data["config"]["function"] if is_operator else self.revive(data)
@@ -175,28 +187,30 @@ class Builder:
             first = int(isinstance(layer, keras.Model))  # its definition is its first call
             calls.update({(_name(data), i): c for i, c in enumerate(data["inbound_nodes"], first)})
 
-        def outputs_of(name, number):
+        def compute(name: str, number: int) -> list[Tensor]:
             if (name, number) not in tensors:
-                inputs, options = self._inputs(calls[name, number], outputs_of)
+                inputs, options = self._resolve_inputs(calls[name, number], compute)
                 y = _call(layers[name], name if number == 0 else None, inputs, options)
                 tensors[name, number] = keras.tree.flatten(y)
             return tensors[name, number]
 
         for call in calls:  # in the order of the file, so that the recursion is never deep
-            outputs_of(*call)
-        inputs, _ = self._inputs(config["input_layers"], outputs_of)
-        outputs, _ = self._inputs(config["output_layers"], outputs_of)
+            compute(*call)
+        inputs, _ = self._resolve_inputs(config["input_layers"], compute)
+        outputs, _ = self._resolve_inputs(config["output_layers"], compute)
         model = keras.Model(inputs, outputs, name=config.get("name"))
         if config.get("trainable") is False:
             model.trainable = False
         self.members[id(model)] = [v for v in layers.values() if isinstance(v, keras.Layer)]
         return model
 
-    def _inputs(self, call, outputs_of):
+    def _resolve_inputs(
+        self, call: Any, compute: Callable[[str, int], list[Tensor]]
+    ) -> tuple[Any, dict[str, Any]]:
         """The inputs and the options of a call: `[layer, call, output, options]` in any nesting."""
-        options = {}
+        options: dict[str, Any] = {}
 
-        def resolve(value):
+        def resolve(value: Any) -> Any:
             is_list = isinstance(value, list)
             if is_list and len(value) in (3, 4) and [*map(type, value[:2])] == [str, int]:
                 name, number, item, *rest = value
@@ -204,7 +218,7 @@ class Builder:
                     if option is not None:
                         options[key] = resolve(option)
                 is_constant = name == "_CONSTANT_VALUE"
-                return self.revive(item) if is_constant else outputs_of(name, number)[item]
+                return self.revive(item) if is_constant else compute(name, number)[item]
             if is_list:
                 return [resolve(item) for item in value]
             if isinstance(value, dict) and "class_name" not in value:
@@ -215,11 +229,11 @@ class Builder:
         return (inputs[0] if isinstance(inputs, list) and len(inputs) == 1 else inputs), options
 
 
-def _name(data):
+def _name(data: dict[str, Any]) -> Any:
     return data.get("name") or data["config"].get("name")
 
 
-def _call(layer, name, inputs, options):
+def _call(layer: Any, name: str | None, inputs: Any, options: dict[str, Any]) -> Any:
     if isinstance(layer, str):
         return call_operator(layer, name, inputs, options)
     is_recurrent = isinstance(layer, (keras.layers.RNN, keras.layers.Bidirectional))
@@ -228,7 +242,7 @@ def _call(layer, name, inputs, options):
     return layer(inputs, **options)
 
 
-def _of_channels(constraint):
+def _adapt_constraint(constraint: Any) -> Any:
     """A constraint of a (1, 1, 1, C) weight, for a (C,) weight."""
     if not isinstance(constraint, dict) or "axis" not in constraint["config"]:
         return constraint

@@ -7,12 +7,20 @@ import contextlib
 import dataclasses
 import io
 import json
+import lzma
 import os
+import sys
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import h5py
+
+from ..errors import ArgumentError
+from ..typing import PathLike
 
 
 @dataclasses.dataclass
@@ -23,112 +31,127 @@ class Saved:
     model has one list, of None), the root group of a .keras file, or the `Graph` of a checkpoint.
     """
 
-    config: dict | None = None
-    training: dict | None = None
-    weights: object = None
+    config: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    weights: Any = None
 
 
 @dataclasses.dataclass
 class Graph:
     """The objects of a checkpoint by number, from the root 0: the keys of arrays are not stable."""
 
-    attributes: list  # of dicts from names to the numbers of objects
-    arrays: dict  # from the numbers of variables to pairs of their old name and array
+    attributes: list[dict[str, int]]  # from names to the numbers of objects
+    arrays: dict[int, tuple[str, Any]]  # the old name and the array of each variable
+
+
+def reading_errors() -> tuple[type[Exception], ...]:
+    """What a damaged file makes its readers raise; an `OSError` has no `errno` then."""
+    kinds = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+    of_readers = (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+    tensorflow: Any = sys.modules.get("tensorflow")
+    return (*kinds, *of_readers, tensorflow.errors.OpError if tensorflow else EOFError)
 
 
 @contextlib.contextmanager
-def opened(path, name="path"):
-    """The file at `path` as a `Saved`, whose arrays can be read inside the `with`."""
+def open_saved(path: PathLike, name: str = "path") -> Iterator[Saved]:
+    """Yields the file at `path` as a `Saved`, whose arrays can be read inside the `with`."""
+    remedy = " Pass a complete file that TensorFlow 2.8 to 2.15 saved."
     with contextlib.ExitStack() as stack:
-        with explained(path, name, " Pass a complete file that TensorFlow 2.8 to 2.15 saved."):
-            saved = _open(Path(path), stack)
+        with explain_errors(path, name, "must be a model or weights saved by Keras 2", remedy):
+            saved = _open(Path(path), name, stack)
         yield saved
 
 
 @contextlib.contextmanager
-def explained(path, name="path", remedy=""):
-    """Whatever a broken file raises becomes one kind of error, which says which file it is."""
+def explain_errors(path: PathLike, name: str, rule: str, remedy: str = "") -> Iterator[None]:
+    """Turns whatever a broken file raises into one kind of error, which says what it broke."""
     try:
         yield
-    except Exception as error:
+    except ArgumentError:
+        raise
+    except reading_errors() as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
         reason = " ".join(str(error).split())[:600].rstrip(".") or type(error).__name__
-        raise ValueError(
-            f"`{name}` must be a model or weights saved by Keras 2. Received: {name}="
-            f"{os.fspath(path)!r}, which cannot be read: {reason}.{remedy}"
+        raise ArgumentError(
+            name, f"{rule}. Received: {os.fspath(path)!r}: {reason}.{remedy}"
         ) from error
 
 
-def _open(path, stack):
+def _open(path: Path, name: str, stack: contextlib.ExitStack) -> Saved:
     if (path / "saved_model.pb").is_file():
-        return _saved_model(path)
+        return _read_saved_model(path)
     if path.is_dir() or path.suffix == ".index" or Path(f"{path}.index").is_file():
-        return _checkpoint(os.fspath(path).removesuffix(".index"))
+        return _read_checkpoint(os.fspath(path).removesuffix(".index"))
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"\x89HDF":
-        return _hdf5(path, stack)
+        return _read_hdf5(path, name, stack)
     if start[:2] == b"PK":
-        return _zip(path, stack)
+        return _read_zip(path, name, stack)
     if start[:1] == b"{":
         return Saved(json.loads(path.read_bytes()))
     raise ValueError("it is neither HDF5, zip, JSON, a SavedModel nor a checkpoint")
 
 
-def _zip(path, stack):
+def _read_zip(path: Path, name: str, stack: contextlib.ExitStack) -> Saved:
     archive = stack.enter_context(zipfile.ZipFile(path))
     if "config.json" in archive.namelist():
-        _check_version(json.loads(archive.read("metadata.json")).get("keras_version"))
+        metadata = json.loads(archive.read("metadata.json"))
+        _check_version(metadata.get("keras_version"), path, name)
         config = json.loads(archive.read("config.json"))
         weights = io.BytesIO(archive.read("model.weights.h5"))
-        return Saved(config, config.get("compile_config"), _hdf5(weights, stack).weights)
+        return Saved(config, config.get("compile_config"), _read_hdf5(weights, name, stack).weights)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     archive.extractall(folder)  # which writes nothing outside of the folder
     models = list(folder.rglob("saved_model.pb"))
     if len(models) != 1:
         raise ValueError("it is a zip file with neither config.json nor one saved_model.pb")
-    return _saved_model(models[0].parent)
+    return _read_saved_model(models[0].parent)
 
 
-def _check_version(version):
+def _check_version(version: Any, path: Any, name: str) -> None:
     if str(version).startswith("3"):
-        raise ValueError(f"Keras {version} saved it: open it with keras.saving.load_model")
+        problem = f"must be a file of Keras 2. Received: {os.fspath(path)!r}, which Keras {version}"
+        remedy = "There is nothing to migrate: `keras.saving.load_model` opens it."
+        raise ArgumentError(name, f"{problem} saved. {remedy}")
 
 
-def _hdf5(file, stack):
+def _read_hdf5(file: Any, name: str, stack: contextlib.ExitStack) -> Saved:
     root = stack.enter_context(h5py.File(file, "r"))
     group = root.get("model_weights", root)
-    layers = _names(group, "layer_names")
+    layers = _read_names(group, "layer_names")
     if not layers:
         return Saved(weights=root)
     saved = Saved(weights={})
     for layer in layers:
-        names = _names(group[layer], "weight_names")
-        saved.weights[layer] = [(n, dataset(root, f"{group.name}/{layer}/{n}")) for n in names]
+        names = _read_names(group[layer], "weight_names")
+        saved.weights[layer] = [(n, read_dataset(root, f"{group.name}/{layer}/{n}")) for n in names]
     if "model_config" in root.attrs:
-        _check_version(group.attrs.get("keras_version"))
+        _check_version(group.attrs.get("keras_version"), file, name)
         saved.config = json.loads(root.attrs["model_config"])
         saved.training = json.loads(root.attrs.get("training_config", "null"))
     return saved
 
 
-def dataset(root, path):
+def read_dataset(root: h5py.Group, path: str) -> Any:
     """An array of a file, with data of its own: a file must not show what another has."""
     found = root[path]
     is_own = isinstance(found, h5py.Dataset) and found.file.filename == root.file.filename
     if not is_own or found.external or found.is_virtual:
-        raise ValueError(f"{path!r} is no array in this file")
+        raise ValueError(f"{path!r} is not an array of this file")
     return found
 
 
-def _names(group, attribute):
+def _read_names(group: h5py.Group, attribute: str) -> list[str]:
     """A list of names, which Keras splits over several attributes where it is long."""
     parts = [attribute, *(f"{attribute}{i}" for i in range(len(group.attrs)))]
     names = [name for part in parts for name in group.attrs.get(part, ())]
     return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
 
 
-def _saved_model(folder):
-    saved = _checkpoint(folder / "variables" / "variables")
+def _read_saved_model(folder: Path) -> Saved:
+    saved = _read_checkpoint(folder / "variables" / "variables")
     if (folder / "keras_metadata.pb").is_file():
         # A message of nodes; each has its path, which is "root" for the model, and its JSON.
         data = (folder / "keras_metadata.pb").read_bytes().partition(b"\x1a\x04root")[2]
@@ -139,10 +162,13 @@ def _saved_model(folder):
     return saved
 
 
-def _checkpoint(prefix_or_folder):
-    import tensorflow as tf
-    from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
-
+def _read_checkpoint(prefix_or_folder: PathLike) -> Saved:
+    try:
+        import tensorflow as tf
+        from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+    except ImportError as error:
+        needed = "SavedModels and checkpoints are read by TensorFlow: pip install tensorflow"
+        raise ImportError(needed) from error
     reader = tf.train.load_checkpoint(os.fspath(prefix_or_folder))
     message = reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
     nodes = TrackableObjectGraph.FromString(message).nodes

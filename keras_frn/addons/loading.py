@@ -3,19 +3,32 @@
 import contextlib
 import os
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
+from ..errors import ArgumentError
+from ..typing import PathLike
 from . import files
 from .config import OPTIMIZERS, Builder, Thresholds
-from .weights import is_uniform, match
+from .weights import Pair, is_uniform, match
+
+__all__ = ["load_addons_model", "load_addons_weights"]
 
 _TAU = ("auto", "per_channel", "per_position", "per_channel_mean")
 _ELEMENTWISE = ("NoneType", "NonNeg", "L1", "L2", "L1L2")
 
 
-def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objects=None):
+def load_addons_model(
+    path: PathLike,
+    *,
+    weights: PathLike | None = None,
+    tau: Literal["auto", "per_channel", "per_position", "per_channel_mean"] = "auto",
+    compile: bool = True,
+    custom_objects: Mapping[str, Any] | None = None,
+) -> keras.Model:
     """Opens a model that TensorFlow Addons saved: returns an ordinary `keras.Model`.
 
     `tfa.layers.FilterResponseNormalization` and `tfa.layers.TLU` become our layers. Outputs,
@@ -33,30 +46,46 @@ def load_addons_model(path, weights=None, tau="auto", compile=True, custom_objec
         compile: Whether to compile the model as it was. Defaults to True.
         custom_objects: Dict of names and classes or functions of your own. Defaults to None.
 
+    Returns:
+        A `keras.Model`.
+
     Raises:
         ValueError: if the file is damaged or of Keras 3, or has a layer that cannot be read.
+        ImportError: if a SavedModel or a checkpoint is given, and TensorFlow is not installed.
+        OSError: if a file cannot be opened.
+
+    Example:
+
+    ```python
+    model = keras_frn.load_addons_model("old.h5")
+    model.save("new.keras")
+    ```
     """
     _check_tau(tau, _TAU, "Use 'auto' to lose nothing")
     with contextlib.ExitStack() as stack:
         stack.enter_context(keras.saving.custom_object_scope(custom_objects or {}))
-        saved = stack.enter_context(files.opened(path))
+        saved = stack.enter_context(files.open_saved(path))
         if weights is not None:
-            saved.weights = stack.enter_context(files.opened(weights, "weights")).weights
+            saved.weights = stack.enter_context(files.open_saved(weights, "weights")).weights
         if saved.config is None or saved.weights is None:
-            raise ValueError(
-                "`path` must hold a model with its config and its weights. Received: path="
-                f"{os.fspath(path)!r}, weights={weights!r}. Pass a JSON config as `path` and the "
-                "file of its weights as `weights`; or, where there is no config, build the model "
-                "in code with keras_frn layers and call keras_frn.load_addons_weights."
+            missing = "config" if saved.config is None else "weights"
+            raise ArgumentError(
+                "path",
+                f"must hold a model with its config and its weights. Received: {os.fspath(path)!r},"
+                f" which has no {missing}. Pass the JSON config of the model and its weights; or, "
+                "if there is no config, build the model in code with keras_frn layers and call "
+                "keras_frn.load_addons_weights.",
             )
-        with files.explained(path):
-            model = _model(saved, tau)
+        with files.explain_errors(path, "path", "must hold a model that Keras 3 can build"):
+            model = _build(saved, tau)
         if compile and saved.training:
             _compile(model, saved.training)
     return model
 
 
-def load_addons_weights(model, path, tau="auto"):
+def load_addons_weights(
+    model: keras.Model, path: PathLike, *, tau: Literal["auto", "per_channel_mean"] = "auto"
+) -> None:
     """Loads weights that TensorFlow Addons saved into a model built with our layers.
 
     The model has the layers of the old one in the same order, with
@@ -74,35 +103,47 @@ def load_addons_weights(model, path, tau="auto"):
 
     Raises:
         ValueError: if the model is not built, or the file does not fit it.
+        ImportError: if a SavedModel or a checkpoint is given, and TensorFlow is not installed.
+        OSError: if a file cannot be opened.
+
+    Example:
+
+    ```python
+    keras_frn.load_addons_weights(model, "weights.h5")
+    ```
     """
     _check_tau(tau, ("auto", "per_channel_mean"), "Choose TLU(axis=...) in the model")
     if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(
-            f"`model` must be a built keras.Model. Received: model={model!r}. "
-            "Give it an input shape, or call it once."
+        raise ArgumentError(
+            "model",
+            f"must be a built keras.Model. Received: {model!r}. Give it an input shape, or call it "
+            "once.",
         )
-    with files.opened(path) as saved, files.explained(path):
+    rule = "must hold the weights of the model"
+    with files.open_saved(path) as saved, files.explain_errors(path, "path", rule):
         _assign(match(model, {}, saved.weights), tau)
 
 
-def _check_tau(tau, choices, remedy):
+def _check_tau(tau: object, choices: tuple[str, ...], remedy: str) -> None:
     if tau not in choices:
-        raise ValueError(f"`tau` must be one of {choices}. Received: tau={tau!r}. {remedy}.")
+        raise ArgumentError("tau", f"must be one of {choices}. Received: {tau!r}. {remedy}.")
 
 
-def _model(saved, tau, thresholds=None):
+def _build(
+    saved: files.Saved, tau: str, thresholds: Sequence[Thresholds] | None = None
+) -> keras.Model:
     builder = Builder(thresholds)
     model = builder.revive(saved.config)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError("its config is not that of a built Functional or Sequential model")
     pairs = match(model, builder.members, saved.weights)
     if builder.tlus and thresholds is None:  # only the arrays tell whether positions differ
-        return _model(saved, tau, [_thresholds(layer, pairs, tau) for layer in builder.tlus])
+        return _build(saved, tau, [_choose_thresholds(layer, pairs, tau) for layer in builder.tlus])
     _assign(pairs, tau)
     return model
 
 
-def _thresholds(layer, pairs, tau):
+def _choose_thresholds(layer: keras.Layer, pairs: list[Pair], tau: str) -> Thresholds:
     """What takes the place of a stored TLU."""
     arrays = [np.asarray(pair.array) for pair in pairs if pair.layer is layer]
     shape = arrays[0].shape
@@ -114,14 +155,15 @@ def _thresholds(layer, pairs, tau):
     if tau == "per_position" or (tau == "auto" and not loses_nothing):
         return Thresholds(axis=tuple(range(1, 1 + len(shape))))
     if not is_elementwise:
-        raise ValueError(
-            f"layer {layer.name!r} has a constraint or regularizer that needs its positions: "
-            "pass tau='auto' or tau='per_position'"
+        raise ArgumentError(
+            "tau",
+            f"must be 'auto' or 'per_position' for layer {layer.name!r}, which has a constraint or "
+            f"regularizer that needs its positions. Received: {tau!r}.",
         )
     return Thresholds(positions=int(np.prod(shape[:-1])))
 
 
-def _assign(pairs, tau):
+def _assign(pairs: list[Pair], tau: str) -> None:
     values = [pair.value(tau) for pair in pairs]
     for pair, value in zip(pairs, values, strict=True):
         pair.weight.assign(value)
@@ -129,11 +171,11 @@ def _assign(pairs, tau):
             pair.layer.finalize_state()  # takes the statistics over from the weights
 
 
-def _compile(model, training):
+def _compile(model: keras.Model, training: dict[str, Any]) -> None:
     """Compiles the model as it was, where Keras 3 can."""
     builder = Builder()
 
-    def metrics(name):
+    def metrics(name: str) -> Any:
         revived = builder.revive(training.get(name), (keras.metrics,))
         # Keras 2 writes a list for each output; the oldest Keras 3 wants one list for one output.
         is_nested = isinstance(revived, list) and len(revived) == len(model.outputs) == 1
@@ -150,7 +192,9 @@ def _compile(model, training):
         # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
         model.optimizer.build(model.trainable_variables)
         message = f"The optimizer {model.optimizer.name!r} starts fresh: its state is not read."
-    except Exception as error:
+    except files.reading_errors() as error:
         model.compiled = False
-        message = f"The model is not compiled, as Keras 3 refuses how it was: {error}"
+        message = (
+            f"The model is not compiled, as Keras 3 cannot restore the compile arguments: {error}"
+        )
     warnings.warn(message, stacklevel=3)

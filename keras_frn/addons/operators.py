@@ -1,14 +1,19 @@
 """Functions of TensorFlow in a functional graph of Keras 2 that compute the same in Keras 3."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import ops
+
+from ..typing import Tensor
 
 _PACKAGES = ("", "math", "nn", "linalg", "__operators__", "compat.v1", "compat.v1.nn")
 _MERGES = ("add", "subtract", "multiply", "maximum", "minimum")
 _ACTIVATIONS = ("relu", "relu6", "sigmoid", "tanh", "elu", "selu", "silu", "softplus", "softsign")
 _SAME_NAME = """abs cast cos divide exp expand_dims gelu leaky_relu log log1p log_softmax matmul
     negative reshape rsqrt sign sin softmax sqrt square squeeze stack stop_gradient transpose"""
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(ops, name) for name in (*_MERGES, *_ACTIVATIONS, *_SAME_NAME.split())},
     **{f"reduce_{name}": getattr(ops, name) for name in ("max", "mean", "min", "prod", "std")},
     **{"reduce_sum": ops.sum, "reduce_variance": ops.var, "truediv": ops.true_divide},
@@ -20,7 +25,7 @@ _ARGUMENTS = {"alpha": "negative_slope", "perm": "axes", "shape": "newshape"}
 _ARGUMENTS.update(clip_value_min="x_min", clip_value_max="x_max")
 
 
-def call_operator(function, name, x, options):
+def call_operator(function: str, name: str | None, x: Any, options: dict[str, Any]) -> Tensor:
     """What a TensorFlow function computes, in a layer of its name where Keras has such a layer."""
     package, _, short = function.rpartition(".")
     options = {_ARGUMENTS.get(k, k): v for k, v in options.items() if k != "name"}
@@ -43,6 +48,6 @@ def call_operator(function, name, x, options):
     return _OPERATIONS[short](x, *second, **options)
 
 
-def _index(slice_spec):
+def _index(slice_spec: list[Any]) -> tuple[Any, ...]:
     keys = ("start", "stop", "step")
     return tuple(slice(*map(s.get, keys)) if isinstance(s, dict) else s for s in slice_spec)

@@ -3,12 +3,18 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Mapping
+from typing import Any
 
+import h5py
 import keras
 import numpy as np
 
+from ..errors import ArgumentError
 from ..layers import TLU, FilterResponseNormalization
 from . import files
+
+Members = Mapping[int, list[Any]]  # as in `config.Builder`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +33,10 @@ class Pair:
 
     layer: keras.Layer
     weight: keras.Variable
-    path: tuple
-    array: object = None
+    path: tuple[Any, ...]
+    array: Any = None
 
-    def value(self, tau="auto"):
+    def value(self, tau: str = "auto") -> Any:
         """The array in the shape of the weight."""
         array, shape = np.asarray(self.array), tuple(self.weight.shape)
         is_ours = isinstance(self.layer, FilterResponseNormalization)
@@ -43,32 +49,34 @@ class Pair:
             return rows[0]
         if tau == "per_channel_mean":
             return rows.mean(axis=0, dtype="float64").astype(array.dtype)
-        raise ValueError(
-            f"weight {self.weight.path!r} has one value per channel, the file one per position: "
-            "keep them with tau='per_position' (in a model of your own, TLU(axis=...)), or average "
-            "them with tau='per_channel_mean'"
+        raise ArgumentError(
+            "tau",
+            f"must be 'per_channel_mean' or 'per_position' for {self.weight.path!r}, of which the "
+            f"file has one value per position, and they differ. Received: {tau!r}, which keeps one "
+            "per channel. Average them, or keep them (in a model of your own, TLU(axis=...)).",
         )
 
 
-def is_uniform(array):
+def is_uniform(array: Any) -> bool:
     """Whether an array `(*positions, channels)` is the same at every position."""
     rows = np.asarray(array).reshape(-1, array.shape[-1])
     return np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True)
 
 
-def match(model, members, stored):
-    """A `Pair` for every weight of a model; `members` as in `config.Builder`."""
+def match(model: keras.Model, members: Members, stored: Any) -> list[Pair]:
+    """A `Pair` for every weight of a model."""
     if isinstance(stored, dict):
         return _match_lists(model, members, stored)
-    pairs = _pairs(model, members)
-    lookup = _in_graph if isinstance(stored, files.Graph) else _in_hdf5
+    pairs = _list_pairs(model, members)
+    is_graph = isinstance(stored, files.Graph)
+    find = _find_in_graph if is_graph else _find_in_hdf5
     for pair in pairs:
         try:
-            pair.array = lookup(stored, pair)
+            pair.array = find(stored, pair)
         except LookupError as error:
             raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
-    if lookup is _in_hdf5:
-        paths = []
+    if not is_graph:
+        paths: list[str] = []
         stored.visit(paths.append)
         count = sum(bool(re.match(r"_?layer.*/vars/\d+$", path)) for path in paths)
         if count != len(pairs):
@@ -76,32 +84,34 @@ def match(model, members, stored):
     return pairs
 
 
-def _pairs(layer, members, path=()):
+def _list_pairs(layer: Any, members: Members, path: tuple[Any, ...] = ()) -> list[Pair]:
     """A `Pair` without an array for each weight of a layer, in the order of Keras 2."""
     if isinstance(layer, keras.Model):
-        inside = [_inside(members.get(id(layer), layer.layers), members, path)]
+        found = [_list_inside(members.get(id(layer), layer.layers), members, path)]
     else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the modules in it apart.
         values = {**vars(layer), **vars(layer).get("_modules", {})}
-        inside = [_inside(v, members, (*path, k)) for k, v in values.items() if k != "_layers"]
-    inside = {id(pair.weight): pair for pairs in inside for pair in pairs}
+        found = [_list_inside(v, members, (*path, k)) for k, v in values.items() if k != "_layers"]
+    inside = {id(pair.weight): pair for pairs in found for pair in pairs}
     own = [weight for weight in layer.weights if id(weight) not in inside]
     if isinstance(layer, FilterResponseNormalization):
         own.sort(key=lambda weight: weight is not layer.learned_epsilon)
     return [Pair(layer, w, (*path, i)) for i, w in enumerate(own)] + list(inside.values())
 
 
-def _inside(value, members, path):
+def _list_inside(value: Any, members: Members, path: tuple[Any, ...]) -> list[Pair]:
     """The `Pair`s in a value that is a layer or a list of layers."""
     if isinstance(value, keras.Layer):
-        return _pairs(value, members, path)
+        return _list_pairs(value, members, path)
     values = value if isinstance(value, (list, tuple)) else ()
     layers = [layer for layer in values if isinstance(layer, keras.Layer)]
-    pairs, counts, total = [], collections.Counter(), sum(bool(v.weights) for v in layers)
+    pairs: list[Pair] = []
+    counts: collections.Counter[str] = collections.Counter()
+    total = sum(bool(v.weights) for v in layers)
     for layer in layers:
         kind = type(layer).__name__
         place = Place(kind, counts[kind], counts["with weights"], total)
-        pairs += _pairs(layer, members, (*path, place))
+        pairs += _list_pairs(layer, members, (*path, place))
         counts.update([kind, "with weights"] if layer.weights else [kind])
     return pairs
 
@@ -109,18 +119,18 @@ def _inside(value, members, path):
 # Lists: the .h5 layout
 
 
-def _match_lists(model, members, lists):
+def _match_lists(model: Any, members: Members, lists: dict[Any, list[Any]]) -> list[Pair]:
     layers = [v for v in members.get(id(model), model.layers) if v.weights]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
-        return _match_list(model, _pairs(model, members), lists[None], by_order=True)
+        return _match_list(model, _list_pairs(model, members), lists[None], by_order=True)
     if len(layers) != len(lists):
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.name))
     pairs = []
     for layer, arrays in zip(layers, lists.values(), strict=True):
-        own = _pairs(layer, members)
+        own = _list_pairs(layer, members)
         own.sort(key=lambda pair: not pair.weight.trainable)  # as Keras 2 wrote them
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
         by_order = bool(members) or not isinstance(layer, keras.Model)
@@ -130,10 +140,10 @@ def _match_lists(model, members, lists):
     return pairs
 
 
-def _match_list(layer, pairs, arrays, by_order):
+def _match_list(layer: Any, pairs: list[Pair], arrays: list[Any], by_order: bool) -> list[Pair]:
     """Matches by the names of weights and their layers, or by order where they are others."""
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
-    theirs = []
+    theirs: list[tuple[str, str]] = []
     for path, _ in reversed(arrays):  # such as block/frn/gamma:0
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
@@ -153,7 +163,7 @@ def _match_list(layer, pairs, arrays, by_order):
 # Trees: the layouts of .keras files and of checkpoints
 
 
-def _in_hdf5(root, pair):
+def _find_in_hdf5(root: h5py.Group, pair: Pair) -> Any:
     group = root
     for part in pair.path[:-1]:
         name = part
@@ -165,16 +175,16 @@ def _in_hdf5(root, pair):
             groups = sorted((int(match[1] or 0), match[0]) for match in matches)
             name = groups[part.number_in_kind][1]
         group = group[name]
-    return files.dataset(root, f"{group.name}/vars/{pair.path[-1]}")
+    return files.read_dataset(root, f"{group.name}/vars/{pair.path[-1]}")
 
 
-def _snake_case(name):
+def _snake_case(name: str) -> str:
     """How Keras names a class in the files."""
     name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _in_graph(graph, pair):
+def _find_in_graph(graph: files.Graph, pair: Pair) -> Any:
     node = 0
     for part in pair.path[:-1]:
         attributes, name = graph.attributes[node], part
