@@ -7,12 +7,12 @@ try:
     import keras
 except ImportError as error:
     raise ImportError(
-        "keras_frn needs Keras 3.13 or newer, and the backend that KERAS_BACKEND or Keras' config "
-        f"file names. Received: {error}. Install it, or name another backend."
+        "keras_frn needs Keras 3.13.2 or newer, and the backend that KERAS_BACKEND or Keras' own "
+        f"config names. Received: {error}. Install it, or name another backend."
     ) from error
 if keras.__version__.split(".")[0] < "3":
     raise ImportError(
-        f"keras_frn needs Keras 3.13 or newer. Received: Keras {keras.__version__}. Upgrade it: "
+        f"keras_frn needs Keras 3.13.2 or newer. Received: Keras {keras.__version__}. Upgrade it: "
         "pip install --upgrade keras"
     )
 if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
