@@ -2,7 +2,6 @@ import contextlib
 import errno
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -552,20 +551,6 @@ def test_files_of_keras_3_are_left_to_keras(tmp_path):
     model.save(tmp_path / "new.keras")
     with pytest.raises(ValueError, match=r"`path` must be a file of Keras 2.*nothing to migrate"):
         load_addons_model(tmp_path / "new.keras")
-
-
-@pytest.mark.skipif(BACKEND != "jax", reason="needs another backend; once is enough")
-def test_hdf5_needs_no_tensorflow():
-    code = (
-        "import sys\n"
-        "sys.modules['tensorflow'] = None\n"  # an import of it would fail
-        "import keras_frn\n"
-        f"for name in ('model.h5', 'model.keras'):\n"
-        f"    keras_frn.load_addons_model({str(MODELS / 'nested_functional')!r} + '/' + name)\n"
-    )
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert run.returncode == 0, run.stderr[-2000:]
 
 
 # Safety
