@@ -43,6 +43,20 @@ class Graph:
     attributes: list[dict[str, int]]  # from names to the numbers of objects
     arrays: dict[int, tuple[str, Any]]  # the old name and the array of each variable
 
+    def list_arrays(self, root: int) -> dict[int, Any]:
+        """The arrays of floats below an object, but for those of optimizers and metrics."""
+        seen, pending = set(), [root]
+        while pending:
+            node = pending.pop()
+            names = self.attributes[node]
+            if node not in seen and not {"iter", "_iterations"} & names.keys():
+                pending += [
+                    n for name, n in names.items() if name not in ("keras_api", "variables")
+                ]
+                seen.add(node)
+        arrays = {number: self.arrays[number][1] for number in seen & self.arrays.keys()}
+        return {n: a for n, a in arrays.items() if a.shape and a.dtype.kind == "f"}
+
 
 def reading_errors() -> tuple[type[Exception], ...]:
     """What a damaged file makes its readers raise; an `OSError` has no `errno` then."""

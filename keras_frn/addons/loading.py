@@ -84,7 +84,11 @@ def load_addons_model(
 
 
 def load_addons_weights(
-    model: keras.Model, path: PathLike, *, tau: Literal["auto", "per_channel_mean"] = "auto"
+    model: keras.Model,
+    path: PathLike,
+    *,
+    tau: Literal["auto", "per_channel_mean"] = "auto",
+    part: str | None = None,
 ) -> None:
     """Loads weights that TensorFlow Addons saved into a model built with our layers.
 
@@ -95,11 +99,14 @@ def load_addons_weights(
     The state of an optimizer is not read.
 
     Args:
-        model: A built Functional or Sequential `keras.Model`.
+        model: A built `keras.Model`. For a checkpoint of a subclassed model it has the same
+            attributes, or layers of their names.
         path: A weights file (`.h5`, `.weights.h5`), a TensorFlow checkpoint (its prefix, its
             `.index` file or its folder), or a complete model, whose config is not looked at.
         tau: `"per_channel_mean"` averages thresholds that differ from position to position where
             the model has one per channel; `"auto"` refuses. Defaults to `"auto"`.
+        part: The name of the model in a `tf.train.Checkpoint(generator=..., discriminator=...)`.
+            Defaults to None: the whole checkpoint, or the one part that fits.
 
     Raises:
         ValueError: if the model is not built, or the file does not fit it.
@@ -121,7 +128,7 @@ def load_addons_weights(
         )
     rule = "must hold the weights of the model"
     with files.open_saved(path) as saved, files.explain_errors(path, "path", rule):
-        _assign(match(model, {}, saved.weights), tau)
+        _assign(match(model, {}, saved.weights, part), tau)
 
 
 def _check_tau(tau: object, choices: tuple[str, ...], remedy: str) -> None:

@@ -3,13 +3,14 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import h5py
 import keras
 import numpy as np
 
+from .. import graph
 from ..errors import ArgumentError
 from ..layers import TLU, FilterResponseNormalization
 from . import files
@@ -19,12 +20,16 @@ Members = Mapping[int, list[Any]]  # as in `config.Builder`
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place of a layer in a list: among those of its class, and among those with weights."""
+    """The place of a layer among those of its class and among those with weights, and its name.
+
+    `key` is its own in a list or dict of a layer or a subclassed model; None in other models."""
 
     kind: str
     number_in_kind: int
     number: int
     total: int
+    name: str
+    key: str | None = None
 
 
 @dataclasses.dataclass
@@ -63,35 +68,39 @@ def is_uniform(array: Any) -> bool:
     return np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True)
 
 
-def match(model: keras.Model, members: Members, stored: Any) -> list[Pair]:
-    """A `Pair` for every weight of a model."""
+def match(model: keras.Model, members: Members, stored: Any, part: str | None = None) -> list[Pair]:
+    """A `Pair` for every weight of a model; `part` is what a checkpoint calls it."""
+    if isinstance(stored, files.Graph):
+        return _match_graph(_list_pairs(model, members), stored, part)
+    if part is not None:
+        raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
     if isinstance(stored, dict):
         return _match_lists(model, members, stored)
     pairs = _list_pairs(model, members)
-    is_graph = isinstance(stored, files.Graph)
-    find = _find_in_graph if is_graph else _find_in_hdf5
     for pair in pairs:
         try:
-            pair.array = find(stored, pair)
+            pair.array = _find_in_hdf5(stored, pair)
         except LookupError as error:
             raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
-    if not is_graph:
-        paths: list[str] = []
-        stored.visit(paths.append)
-        count = sum(bool(re.match(r"_?layer.*/vars/\d+$", path)) for path in paths)
-        if count != len(pairs):
-            raise ValueError(f"it has {count} weights in its layers, the model {len(pairs)}")
+    paths: list[str] = []
+    stored.visit(paths.append)
+    count = sum(bool(re.match(r"(?!optimizer|metrics).*vars/\d+$", path)) for path in paths)
+    if count != len(pairs):
+        raise ValueError(f"it has {count} weights in its layers, the model {len(pairs)}")
     return pairs
 
 
 def _list_pairs(layer: Any, members: Members, path: tuple[Any, ...] = ()) -> list[Pair]:
     """A `Pair` without an array for each weight of a layer, in the order of Keras 2."""
-    if isinstance(layer, keras.Model):
-        found = [_list_inside(members.get(id(layer), layer.layers), members, path)]
+    if graph.is_graph(layer):
+        items = enumerate(members.get(id(layer), layer.layers))
+        found = [_list_inside(items, members, path, in_graph=True)]
     else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the modules in it apart.
         values = {**vars(layer), **vars(layer).get("_modules", {})}
-        found = [_list_inside(v, members, (*path, k)) for k, v in values.items() if k != "_layers"]
+        for private in ("_layers", "_modules"):
+            values.pop(private, None)
+        found = [_list_value(value, members, (*path, name)) for name, value in values.items()]
     inside = {id(pair.weight): pair for pairs in found for pair in pairs}
     own = [weight for weight in layer.weights if id(weight) not in inside]
     if isinstance(layer, FilterResponseNormalization):
@@ -99,20 +108,34 @@ def _list_pairs(layer: Any, members: Members, path: tuple[Any, ...] = ()) -> lis
     return [Pair(layer, w, (*path, i)) for i, w in enumerate(own)] + list(inside.values())
 
 
-def _list_inside(value: Any, members: Members, path: tuple[Any, ...]) -> list[Pair]:
-    """The `Pair`s in a value that is a layer or a list of layers."""
+def _list_value(value: Any, members: Members, path: tuple[Any, ...]) -> list[Pair]:
+    """The `Pair`s in an attribute: a layer, or lists and dicts of layers."""
     if isinstance(value, keras.Layer):
         return _list_pairs(value, members, path)
-    values = value if isinstance(value, (list, tuple)) else ()
-    layers = [layer for layer in values if isinstance(layer, keras.Layer)]
+    if isinstance(value, dict):
+        return _list_inside(value.items(), members, path)
+    return _list_inside(enumerate(value if isinstance(value, (list, tuple)) else ()), members, path)
+
+
+def _list_inside(
+    items: Iterable[tuple[Any, Any]],
+    members: Members,
+    path: tuple[Any, ...],
+    in_graph: bool = False,
+) -> list[Pair]:
     pairs: list[Pair] = []
     counts: collections.Counter[str] = collections.Counter()
-    total = sum(bool(v.weights) for v in layers)
-    for layer in layers:
-        kind = type(layer).__name__
-        place = Place(kind, counts[kind], counts["with weights"], total)
-        pairs += _list_pairs(layer, members, (*path, place))
-        counts.update([kind, "with weights"] if layer.weights else [kind])
+    items = list(items)
+    total = sum(isinstance(v, keras.Layer) and bool(v.weights) for _, v in items)
+    for key, value in items:
+        if isinstance(value, keras.Layer):
+            kind = type(value).__name__
+            place = Place(kind, counts[kind], counts["with weights"], total, value.name)
+            place = place if in_graph else dataclasses.replace(place, key=str(key))
+            pairs += _list_pairs(value, members, (*path, place))
+            counts.update([kind, "with weights"] if value.weights else [kind])
+        elif isinstance(value, (list, tuple, dict)):
+            pairs += _list_value(value, members, (*path, str(key)))
     return pairs
 
 
@@ -184,16 +207,58 @@ def _snake_case(name: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _find_in_graph(graph: files.Graph, pair: Pair) -> Any:
-    node = 0
+def _match_graph(pairs: list[Pair], saved: files.Graph, part: str | None) -> list[Pair]:
+    """Matches a checkpoint, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
+    parts = {k: node for k, node in saved.attributes[0].items() if saved.list_arrays(node)}
+    if part is not None and part not in parts:
+        raise ArgumentError("part", f"must be one of {sorted(parts)}. Received: {part!r}.")
+    fits: dict[int, list[Pair]] = {}
+    reasons: dict[str, str] = {}
+    for name, node in {part: parts[part]}.items() if part else {"": 0, **parts}.items():
+        try:
+            fits[node] = _match_node(pairs, saved, node)
+        except (LookupError, ValueError) as error:
+            reasons[name] = str(error)
+        if 0 in fits:
+            break
+    if len(fits) == 1:
+        return fits[next(iter(fits))]
+    if fits:
+        names = sorted(name for name, node in parts.items() if node in fits)
+        raise ArgumentError("part", f"must be one of {names}, which all fit. Received: None.")
+    raise ValueError(reasons[part or ""])
+
+
+def _match_node(pairs: list[Pair], saved: files.Graph, root: int) -> list[Pair]:
+    found, numbers = [], set()
+    for pair in pairs:
+        number = _find_in_graph(saved, root, pair)
+        numbers.add(number)
+        found.append(dataclasses.replace(pair, array=saved.arrays[number][1]))
+        found[-1].value("per_channel_mean")  # has the right size
+    unread = saved.list_arrays(root).keys() - numbers
+    if unread:
+        names = sorted(saved.arrays[number][0] for number in unread)[:5]
+        raise ValueError(f"it has {len(unread)} arrays that the model has not, such as {names}")
+    return found
+
+
+def _find_in_graph(saved: files.Graph, root: int, pair: Pair) -> int:
+    """The number of the variable that belongs to a weight."""
+    node = root
     for part in pair.path[:-1]:
-        attributes, name = graph.attributes[node], part
+        attributes, name = saved.attributes[node], part
         if isinstance(part, Place):
-            prefix = "layer_with_weights-" if "layer_with_weights-0" in attributes else ""
-            name = f"{prefix}{part.number}"
-            if f"{prefix}{part.total}" in attributes:
+            is_numbered = part.key is None and "layer_with_weights-0" in attributes
+            name = f"layer_with_weights-{part.number}" if is_numbered else part.key or part.name
+            if is_numbered and f"layer_with_weights-{part.total}" in attributes:
                 raise ValueError("it has more layers with weights than the model")
+        if name not in attributes:
+            there = [key for key in attributes if not key.startswith("_")][:9]
+            raise LookupError(f"it holds no {name!r} for {pair.weight.path!r}, but {there}")
         node = attributes[name]
     # Keras 2 may have said more, as depthwise_kernel.
-    names = [name for name in graph.attributes[node] if name.endswith(pair.weight.name)]
-    return graph.arrays[graph.attributes[node][sorted(names, key=len)[0]]][1]
+    names = [name for name in saved.attributes[node] if name.endswith(pair.weight.name)]
+    if not names:
+        raise LookupError(f"it holds no array for {pair.weight.path!r}")
+    return saved.attributes[node][sorted(names, key=len)[0]]

@@ -1,0 +1,101 @@
+"""Run by test_addons_subclasses.py: saves subclassed models of Keras 2 into the current folder."""
+
+import os
+
+os.environ["TF_USE_LEGACY_KERAS"] = "1"
+
+import numpy as np
+import tensorflow as tf
+import tf_keras
+from tf_keras import layers
+
+
+class FilterResponseNormalization(layers.Layer):
+    """The formula and the weights of the layer of TensorFlow Addons."""
+
+    def __init__(self, learned_epsilon=False, **options):
+        super().__init__(**options)
+        self.use_learned_epsilon = learned_epsilon
+
+    def build(self, shape):
+        ends, shape = tf_keras.initializers.RandomUniform(0.5, 1.5), (1, 1, 1, shape[-1])
+        if self.use_learned_epsilon:
+            self.learned_epsilon = self.add_weight("learned_epsilon", (1,), initializer=ends)
+        self.gamma = self.add_weight("gamma", shape, initializer=ends)
+        self.beta = self.add_weight("beta", shape, initializer=ends)
+
+    def call(self, x):
+        epsilon = 1e-6 + (tf.abs(self.learned_epsilon) if self.use_learned_epsilon else 0.0)
+        nu2 = tf.reduce_mean(x * x, [1, 2], keepdims=True)
+        return x * tf.math.rsqrt(nu2 + epsilon) * self.gamma + self.beta
+
+
+class TLU(layers.Layer):
+    def build(self, shape):
+        self.tau = self.add_weight("tau", shape[1:], initializer="random_normal")
+
+    def call(self, x):
+        return tf.maximum(x, self.tau)
+
+
+class Block(layers.Layer):
+    def __init__(self, filters):
+        super().__init__()
+        self.conv = layers.Conv2D(filters, 3, padding="same")
+        self.rest = [FilterResponseNormalization(), layers.ReLU(), TLU()]
+
+    def call(self, x):
+        x = self.conv(x)
+        for layer in self.rest:
+            x = layer(x)
+        return x
+
+
+class Net(tf_keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.stem = layers.Conv2D(4, 3)
+        self.frn = FilterResponseNormalization(learned_epsilon=True)
+        self.tlu = TLU()
+        self.blocks = [Block(4), Block(6)]
+        self.pool = layers.GlobalAveragePooling2D()
+        self.tail = tf_keras.Sequential([layers.ReLU(), layers.Dense(5)])
+        self.heads = {"a": layers.Dense(3), "b": layers.Dense(2)}
+
+    def call(self, x):
+        x = self.tlu(self.frn(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        x = self.tail(self.pool(x))
+        return tf.concat([self.heads["a"](x), self.heads["b"](x)], -1)
+
+
+class Flat(tf_keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.stem = layers.Conv2D(4, 3)
+        self.frn = FilterResponseNormalization()
+        self.tlu = TLU()
+
+    def call(self, x):
+        return self.tlu(self.frn(self.stem(x)))
+
+
+tf_keras.utils.set_random_seed(0)
+x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32")
+net, other, flat = Net(), Net(), Flat()
+for model in (net, other, flat):
+    model(x)
+net.compile("adam", "mse")
+net.fit(x, np.zeros((4, 5), "float32"), verbose=0)
+net.save_weights("net/ckpt")
+net.save_weights("net.h5")
+net.save("saved_model")
+flat.save_weights("flat/ckpt")
+critic = tf_keras.Sequential([tf_keras.Input((5,)), layers.Dense(1)])
+parts = {"generator": net, "discriminator": critic, "optimizer": net.optimizer}
+tf.train.Checkpoint(**parts).save("gan/ckpt")
+tf.train.Checkpoint(model=net).write("model/ckpt")
+both = tf.train.Checkpoint(model=net, ema=other)
+tf.train.CheckpointManager(both, "manager", 3).save()
+np.savez("io.npz", x=x, net=net(x), other=other(x), flat=flat(x))
