@@ -284,6 +284,7 @@ def firsts(*layers):
     return [float(numpy(weight)[0]) for layer in layers for weight in layer.weights]
 
 
+@pytest.mark.filterwarnings("ignore:`path` has arrays of FRN layers that are not those of Addons")
 def test_weights_of_one_shape_are_never_swapped(tmp_path):
     """Keras 2 wrote the weights of frozen layers last, here those of `a`."""
     path = weights_file(tmp_path / "w.h5", inner="b/gamma b/beta a/gamma a/beta")
@@ -308,6 +309,15 @@ def test_trainable_weights_come_first_where_names_do_not_tell(tmp_path):
     assert firsts(*layers) == [0, 1, 3, 4, 2]
 
 
+def test_arrays_that_are_not_those_of_addons_are_told(tmp_path):
+    """Another package has layers and arrays of these names, and of this shape."""
+    path = weights_file(tmp_path / "w.h5", a="a/beta a/gamma")
+    model = model_of(FilterResponseNormalization(name="a"))
+    with expecting("`path` has arrays of FRN layers that are not those of Addons"):
+        load_addons_weights(model, path)
+
+
+@pytest.mark.filterwarnings("ignore:`path` has arrays of FRN layers that are not those of Addons")
 def test_weights_that_no_layer_has_are_not_forgotten(tmp_path):
     path = weights_file(tmp_path / "w.h5", n="n/gamma n/beta")
     model = model_of(FilterResponseNormalization(name="n"))

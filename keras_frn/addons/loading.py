@@ -9,7 +9,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentWarning
+from ..layers import FilterResponseNormalization
 from ..typing import PathLike
 from . import files
 from .config import OPTIMIZERS, Builder, Thresholds
@@ -172,6 +173,17 @@ def _choose_thresholds(layer: keras.Layer, pairs: list[Pair], tau: str) -> Thres
 
 def _assign(pairs: list[Pair], tau: str) -> None:
     values = [pair.value(tau) for pair in pairs]
+    ways = [
+        f"{pair.source} {tuple(pair.array.shape)} -> {pair.weight.path}"
+        for pair in pairs
+        if isinstance(pair.layer, FilterResponseNormalization)
+        and pair.weight.name in ("gamma", "beta")
+        and pair.array.shape == pair.weight.shape
+    ]
+    if ways:
+        problem = "has arrays of FRN layers that are not those of Addons, (1, 1, 1, channels): "
+        problem += f"{', '.join(ways)}. Check an output: their names may mean something else."
+        warnings.warn(ArgumentWarning("path", problem), stacklevel=3)
     for pair, value in zip(pairs, values, strict=True):
         pair.weight.assign(value)
         if isinstance(pair.layer, keras.layers.Normalization):

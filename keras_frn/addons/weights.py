@@ -34,12 +34,14 @@ class Place:
 
 @dataclasses.dataclass
 class Pair:
-    """A weight of the model, the way to it in the tree of objects, and its array in the file."""
+    """A weight of the model, the way to it in the tree of objects, and its array in the file, with
+    the array's name there."""
 
     layer: keras.Layer
     weight: keras.Variable
     path: tuple[Any, ...]
     array: Any = None
+    source: str = ""
 
     def value(self, tau: str = "auto") -> Any:
         """The array in the shape of the weight."""
@@ -80,6 +82,7 @@ def match(model: keras.Model, members: Members, stored: Any, part: str | None = 
     for pair in pairs:
         try:
             pair.array = _find_in_hdf5(stored, pair)
+            pair.source = pair.array.name
         except LookupError as error:
             raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
     paths: list[str] = []
@@ -180,7 +183,8 @@ def _match_list(layer: Any, pairs: list[Pair], arrays: list[Any], by_order: bool
             f"layer {layer.name!r} has the weights {ours}, the file {theirs}: give the layers the "
             "names and the order that they have in the file"
         )
-    return [dataclasses.replace(p, array=a) for p, (_, a) in zip(pairs, arrays, strict=True)]
+    rows = zip(pairs, arrays, strict=True)
+    return [dataclasses.replace(pair, array=array, source=name) for pair, (name, array) in rows]
 
 
 # Trees: the layouts of .keras files and of checkpoints
@@ -234,7 +238,8 @@ def _match_node(pairs: list[Pair], saved: files.Graph, root: int) -> list[Pair]:
     for pair in pairs:
         number = _find_in_graph(saved, root, pair)
         numbers.add(number)
-        found.append(dataclasses.replace(pair, array=saved.arrays[number][1]))
+        name, array = saved.arrays[number]
+        found.append(dataclasses.replace(pair, array=array, source=name))
         found[-1].value("per_channel_mean")  # has the right size
     unread = saved.list_arrays(root).keys() - numbers
     if unread:
