@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from . import graph
-from .conversion import count_positions
+from .conversion.plan import count_positions
 from .health import list_frn_layers, measure_health, plot_health
 from .layers import FilterResponseNormalization
 from .samples import Samples

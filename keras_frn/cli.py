@@ -196,7 +196,7 @@ def _print_layers(model: keras.Model) -> None:
 
 
 def _count_batch_normalizations(model: keras.Model) -> int:
-    layers = graph.layers(model)
+    layers = graph.list_layers(model)
     return sum(isinstance(layer, keras.layers.BatchNormalization) for layer in layers)
 
 

@@ -1,10 +1,15 @@
 """Constraints for the kernels in front of the layers."""
 
 import math
-import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
+
+from .typing import Tensor, is_int
+
+__all__ = ["ZeroMean"]
 
 
 @keras.saving.register_keras_serializable(package="keras_frn")
@@ -17,9 +22,7 @@ class ZeroMean(keras.constraints.Constraint):
 
     Filter Response Normalization does not subtract the mean of its input. A filter of zero mean
     does most of that for it: what its inputs have in common does not pass. Applied after each
-    update, as every constraint; nothing of it is left at inference.
-
-    Shape: a kernel of rank 2 or more.
+    update, as every constraint, to kernels of rank 2 or more; nothing of it is left at inference.
 
     Args:
         axis: Int, tuple of ints, or None for all axes but the last, the filters: convolutions
@@ -28,22 +31,29 @@ class ZeroMean(keras.constraints.Constraint):
             `Conv2DTranspose`, `(height, width, out, in)`. Defaults to None.
 
     Raises:
-        ValueError: if the axes are none of these, or a filter would have one weight, which would
+        ValueError: If the axes are none of these, or a filter would have one weight, which would
             stay 0.
 
     Example:
 
-    >>> conv = keras.layers.Conv2D(
-    ...     16, 3, use_bias=False, kernel_constraint=keras_frn.constraints.ZeroMean()
-    ... )
+    ```python
+    conv = keras.layers.Conv2D(
+        16, 3, use_bias=False, kernel_constraint=keras_frn.constraints.ZeroMean()
+    )
+    ```
 
-    References: Huang et al., "Centered Weight Normalization in Accelerating Training of Deep Neural
-    Networks", ICCV 2017; Qiao et al., "Weight Standardization", https://arxiv.org/abs/1903.10520;
-    Yong et al., "Gradient Centralization", ECCV 2020, https://arxiv.org/abs/2004.01461."""
+    Reference:
+        Huang et al., "Centered Weight Normalization in Accelerating Training of Deep Neural
+        Networks", ICCV 2017
 
-    def __init__(self, axis=None):
+        Qiao et al., "Weight Standardization", https://arxiv.org/abs/1903.10520
+
+        Yong et al., "Gradient Centralization", ECCV 2020, https://arxiv.org/abs/2004.01461
+    """
+
+    def __init__(self, axis: int | Sequence[int] | None = None) -> None:
         axes = tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
-        integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
+        integers = all(map(is_int, axes))
         if axis is not None and not (axes and integers and len(set(axes)) == len(axes)):
             raise ValueError(
                 "`axis` must be an int, a tuple of different ints, or None. Received: "
@@ -51,12 +61,12 @@ class ZeroMean(keras.constraints.Constraint):
             )
         self.axis = None if axis is None else tuple(map(int, axes))
 
-    def __call__(self, value):
+    def __call__(self, value: Tensor) -> Tensor:
         shape, rank = tuple(value.shape), len(value.shape)
-        axes = range(rank - 1) if self.axis is None else self.axis
-        axes = {a % rank if -rank <= a < rank else None for a in axes}
-        count = 0 if None in axes else math.prod(shape[a] for a in axes)
-        if count < 2 or len(axes) == rank:
+        given = tuple(range(rank - 1)) if self.axis is None else self.axis
+        axes = {a % rank for a in given if -rank <= a < rank}
+        count = math.prod(shape[a] for a in axes)
+        if count < 2 or len(axes) == rank or not all(-rank <= a < rank for a in given):
             raise ValueError(
                 "`axis` must name axes of the kernel that have more than one weight together and "
                 f"leave one for the filters. Received: axis={self.axis} for a kernel of shape "
@@ -67,5 +77,5 @@ class ZeroMean(keras.constraints.Constraint):
         wide = ops.cast(value, "float64" if dtype == "float64" else "float32")
         return ops.cast(wide - ops.sum(wide, axis=tuple(axes), keepdims=True) / count, dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"axis": self.axis}

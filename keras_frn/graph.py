@@ -7,6 +7,7 @@ functional model, and the mask of a tensor.
 import collections
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -24,7 +25,9 @@ __all__ = [
     "copy_trainable",
     "copy_weights",
     "inputs_like",
+    "is_built",
     "is_graph",
+    "is_operation",
     "list_layers",
     "replace_call",
     "unroll",
@@ -40,6 +43,11 @@ def is_graph(layer: Any) -> TypeGuard[keras.Model]:
 def list_layers(model: keras.Layer) -> list[keras.Layer]:
     """Lists every layer of a model once, those inside of other layers and models included."""
     return list(model._flatten_layers(include_self=False))
+
+
+def is_built(model: keras.Layer) -> bool:
+    """Whether a model and all layers in it have their weights."""
+    return model.built and all(layer.built for layer in list_layers(model))
 
 
 def replace_call(layer: keras.Layer, call: Callable[..., Any]) -> None:
@@ -97,11 +105,19 @@ def _nodes(plain: keras.Model) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a layer: the symbolic tensors that it reads and those that it gives."""
+    """One call of a layer.
+
+    Attributes:
+        layer: The layer, or operation of `keras.ops`.
+        inputs: The symbolic tensors that it reads.
+        outputs: Those that it gives.
+        options: What it is called with beside tensors.
+    """
 
     layer: Any
     inputs: list[keras.KerasTensor]
     outputs: list[keras.KerasTensor]
+    options: dict[str, Any]
 
 
 class Wiring:
@@ -133,8 +149,8 @@ class Wiring:
         for call in calls:
             if call in opened:
                 continue
-            tensors = ([self._tensor(t) for t in ts] for ts in (call.inputs, call.outputs))
-            call = Call(call.layer, *tensors)
+            read, given = ([self._tensor(t) for t in ts] for ts in (call.inputs, call.outputs))
+            call = Call(call.layer, read, given, call.options)
             self.calls.append(call)
             for tensor in call.inputs:
                 self._consumers[id(tensor)].append(call)
@@ -163,8 +179,6 @@ class Wiring:
         """The calls that read a tensor, and a None for each time that it is an output."""
         return self._consumers[id(tensor)]
 
-    maker, readers = producer, consumers
-
     def is_checked(self, tensor: keras.KerasTensor) -> bool:
         """Whether a functional model compares the sizes of the tensor with what it was built on."""
         return id(tensor) in self._checked
@@ -181,7 +195,9 @@ def _calls(model: keras.Model, scopes: dict[keras.Model, Any]) -> Iterator[Call]
 
     scopes[model] = tensors(plain.inputs), tensors(plain.outputs)
     for node in _nodes(plain):
-        yield Call(node.operation, tensors(node.input_tensors), tensors(node.outputs))
+        args, kwargs = node.arguments.args[1:], node.arguments.kwargs
+        options = {**dict(enumerate(args, 1)), **{k: v for k, v in kwargs.items() if v is not None}}
+        yield Call(node.operation, tensors(node.input_tensors), tensors(node.outputs), options)
         if is_graph(node.operation) and node.operation not in scopes:
             yield from _calls(node.operation, scopes)
 
@@ -258,12 +274,15 @@ def copy(
     model: keras.Model,
     copy_one: Callable[[Any], Any],
     input_dtype: Callable[[str], str] = str,
+    changes: Callable[[keras.Model], bool] = lambda model: True,
 ) -> tuple[keras.Model, dict[Any, Any]]:
     """Copies a model, with new layers in the old wiring.
 
     `copy_one` gives the layer in the place of each layer that is no model, and `input_dtype` the
-    dtype in the place of that of an input. Returns the copy, and a dict from each layer to its
-    copy, outer models first.
+    dtype in the place of that of an input. A class of models stays what it is if it is made of
+    inputs and outputs, as `keras.Model` is. If it is made of something else, a model in which
+    nothing `changes` is copied by its config, and another becomes a `keras.Model`. Returns the
+    copy, and a dict from each layer to its copy, outer models first.
     """
     copies: dict[Any, Any] = {}
 
@@ -279,14 +298,34 @@ def copy(
         return copies[layer]
 
     def copied_graph(graph: keras.Model) -> keras.Model:
-        if isinstance(graph, keras.Sequential):
+        is_sequential = isinstance(graph, keras.Sequential)
+        own = _takes(type(graph), ["layers"] if is_sequential else ["inputs", "outputs"])
+        if not own and not changes(graph):
+            result = type(graph).from_config(graph.get_config())
+            result.set_weights(graph.get_weights())
+            return result
+        if is_sequential:
             stack = [input_like(graph.inputs[0]), *map(copied, graph.layers)]
-            return keras.Sequential(stack, name=graph.name)
+            return (type(graph) if own else keras.Sequential)(stack, name=graph.name)
         inputs = keras.tree.map_structure(input_like, graph.input)
-        return keras.models.clone_model(_plain(graph), inputs, clone_function=copied)
+        result = keras.models.clone_model(_plain(graph), inputs, clone_function=copied)
+        is_plain = type(graph) is type(result)
+        return type(graph)(*_ends(result), name=graph.name) if own and not is_plain else result
 
     result = copied(model)
     return result, dict(reversed(copies.items()))
+
+
+def _takes(model_class: type[keras.Model], arguments: list[str]) -> bool:
+    """Whether a class of models is made of these, as Keras itself decides it."""
+    spec = inspect.getfullargspec(model_class.__init__)
+    given = spec.args[1 : 1 + len(arguments)] == arguments
+    return given or (spec.varargs is not None and spec.varkw is not None)
+
+
+def is_operation(layer: Any, function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a step of a model is this function of `keras.ops`."""
+    return type(layer) is type(function(keras.KerasTensor((None, 1)))._keras_history.operation)
 
 
 def copy_layer(
@@ -315,12 +354,13 @@ def copy_weights(layer: Any, copy: Any) -> None:
 
 
 def copy_trainable(copies: Mapping[Any, Any]) -> None:
-    """Gives copies the trainable flags of their layers."""
-    # A model hands its flag to its layers, so that the inner ones come last.
+    """Gives copies the trainable flags of their layers, and those of what is inside of a layer."""
+    # A layer hands its flag to those inside, so that these come last.
     for layer, copy in copies.items():
-        if isinstance(layer, keras.Layer) and copy.trainable != layer.trainable:
+        if not isinstance(layer, keras.Layer):
+            continue
+        if copy.trainable != layer.trainable:
             copy.trainable = layer.trainable
-
-
-# Until all callers have the new names.
-layers, watched = list_layers, watch_calls
+        inside = [list_layers(x) for x in (layer, copy)]
+        if not is_graph(layer) and len(inside[0]) == len(inside[1]):
+            copy_trainable(dict(zip(*inside)))

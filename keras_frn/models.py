@@ -1,13 +1,12 @@
 """Reference networks with FRN and TLU where the sources have a normalization and an activation."""
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from .layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
-from .typing import Constraint, LearnedEpsilon, Tensor
+from .typing import Constraint, LearnedEpsilon, Tensor, is_int
 
 __all__ = ["resnet", "resnet_cifar"]
 
@@ -246,5 +245,4 @@ def _check_positive(**arguments: Any) -> None:
 
 
 def _is_positive(value: Any) -> bool:
-    is_int = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return is_int and int(value) >= 1
+    return is_int(value) and value >= 1

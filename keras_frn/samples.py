@@ -33,8 +33,8 @@ class Samples:
         data: An array, or anything with a shape that can be sliced; a list, tuple or dict of
             arrays, one for each input; a tuple `(inputs, targets)`; a `tf.data.Dataset`,
             `keras.utils.PyDataset` or another iterable of batches or single samples, each the
-            inputs or `(inputs, targets)`; or a function that returns such an iterable. None is no
-            data.
+            inputs or `(inputs, targets)`; or a function that returns such an iterable. It is what
+            `predict` takes: a `preprocessor` of the model is applied. None is no data.
         specs: A `keras.InputSpec` for each input, whose shapes the data must have. Defaults to
             the model's own inputs.
         least: The number of different samples below which a warning says that they are few.
@@ -60,7 +60,7 @@ class Samples:
             raise ValueError(
                 f"`model` must be a built Keras model. Received: model={model!r}. Call it on data."
             )
-        self._argument = argument
+        self._argument, self._model = argument, model
         self._nested = _nest_specs(model)
         told = [] if self._nested is None else keras.tree.flatten(self._nested)
         self._inputs: list[Any] = list(specs) or told
@@ -122,7 +122,25 @@ class Samples:
         return ArgumentError(self._argument, text)
 
     def _elements(self, data: Any) -> Iterable[Any]:
-        """The inputs of one batch after the other."""
+        """The inputs of one batch after the other, as the model takes them."""
+        preprocess = getattr(self._model, "preprocessor", None)
+        if preprocess is None:
+            yield from self._raw(data)
+            return
+        # As `predict` of such a model does, which `call` does not.
+        for element in self._raw(data):
+            leaves = keras.tree.flatten(element)
+            are_arrays = all(hasattr(leaf, "shape") for leaf in leaves)
+            length = min(len(leaves[0]), MAX_SAMPLES) if are_arrays else 1
+            for start in range(0, length, BATCH_SIZE):
+                rows = slice(start, start + BATCH_SIZE)
+                part = element
+                if are_arrays:
+                    part = keras.tree.map_structure(lambda x, rows=rows: x[rows], element)
+                yield keras.utils.unpack_x_y_sample_weight(preprocess(part))[0]
+
+    def _raw(self, data: Any) -> Iterable[Any]:
+        """The inputs of one batch after the other, as they are."""
         if callable(data):
             data = data()  # a generator function, as TFLite's guides write it
         if isinstance(data, tuple) and len(data) in (2, 3) and not self._is_one_per_input(data):

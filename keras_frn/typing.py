@@ -1,8 +1,9 @@
-"""The types that signatures of this package speak of."""
+"""The types that signatures of this package speak of, and what counts as a number."""
 
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 
@@ -37,3 +38,13 @@ class Sliceable(Protocol):
 CalibrationData: TypeAlias = (
     Sliceable | Mapping[str, Any] | Iterable[Any] | Callable[[], Iterable[Any]]
 )
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, of NumPy too, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, of NumPy too, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ import pytest
 from keras import layers
 from reference import close
 
-from keras_frn.conversion import replace_batch_normalization
+from keras_frn.conversion import calibration, replace_batch_normalization
 from keras_frn.layers import TLU, FilterResponseNormalization
 
 # With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever
@@ -308,6 +308,41 @@ def test_calibration_reads_a_batch_at_a_time(rng, tmp_path):
     assert max(read) == 32
 
 
+class Counted(layers.Layer):
+    calls = 0
+
+    def call(self, x):
+        Counted.calls += 1
+        return x
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_layer_runs_as_often_however_deep_the_network_is(is_shared, rng):
+    x = rng.normal(size=(40, 6, 3)).astype("float32")
+    counts = []
+    for depth in (2, 6):
+        stack = [keras.Input((6, 3)), Counted()]
+        for _ in range(depth):
+            stack += [layers.Conv1D(3, 1), layers.BatchNormalization()]
+        model = keras.Sequential(stack)
+        if is_shared:
+            inputs = [keras.Input((6, 3)), keras.Input((6, 3))]
+            model = keras.Model(inputs, layers.Add()([model(inputs[0]), model(inputs[1])]))
+        Counted.calls = 0
+        _convert(model, [x, x] if is_shared else x)
+        counts.append(Counted.calls)
+    assert counts[0] == counts[1]
+
+
+def test_values_in_files_are_those_in_memory(rng, monkeypatch):
+    model = _trained(_shared(), rng)
+    x = _input(model, rng, size=40)
+    expected = _convert(model, x).get_weights()
+    monkeypatch.setattr(calibration, "_BYTES_IN_MEMORY", 100)
+    for actual, value in zip(_convert(model, x).get_weights(), expected, strict=True):
+        np.testing.assert_array_equal(actual, value)
+
+
 def test_masked_positions_do_not_calibrate(rng):
     inputs = keras.Input((None,), dtype="int32")
     x = layers.Embedding(9, 4, mask_zero=True)(inputs)
@@ -414,18 +449,22 @@ def test_report_says_what_was_replaced_and_why(rng):
     x = inputs = keras.Input((6, 4, 3))
     x = layers.Conv2D(3, 1, name="conv")(x)
     x = layers.ReLU(6.0, name="relu6")(layers.BatchNormalization(name="bn")(x))
-    x = layers.TimeDistributed(layers.BatchNormalization(), name="hidden")(x)
+    x = layers.TimeDistributed(
+        layers.BatchNormalization(name="batch_normalization"), name="hidden"
+    )(x)
     model = keras.Model(inputs, x)
     converted, report = _convert(model, return_report=True)
     text = str(report)
-    assert "1 BatchNormalization layers became FRN, 0 activations became TLU, 2 layers" in text
+    assert "2 BatchNormalization layers became FRN and 0 were left" in text
+    assert "0 activations became TLU and 1 were kept" in text
+    assert (report.replaced, report.left) == (2, 0)
     rows = {entry.layer: entry for entry in report.entries}
     assert rows["bn"].positions == 24
     assert rows["bn"].epsilon_ratio == pytest.approx(3.0, rel=1e-4)
     assert (rows["bn"].action, rows["relu6"].action) == ("replaced", "kept")
     assert rows["relu6"].reason == "not a ReLU"
-    assert "no graph" in rows["hidden"].reason
-    assert isinstance(converted.get_layer("hidden").layer, layers.BatchNormalization)
+    assert rows["batch_normalization"].positions == 4
+    assert isinstance(converted.get_layer("hidden").layer, FilterResponseNormalization)
     assert all(entry.layer in text for entry in report.entries)
     report = _report(_shared())
     rows = {entry.layer: entry for entry in report.entries}
@@ -483,3 +522,221 @@ def test_arguments_are_checked(arguments, match):
 def test_an_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match=r"`model` must be built. Received: model='empty'"):
         _convert(keras.Sequential([layers.BatchNormalization()], name="empty"))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Block(layers.Layer):
+    """A layer that holds others, as those of keras-hub do; `kind` is a way not to be opened."""
+
+    def __init__(self, filters=4, kind=None, **kwargs):
+        super().__init__(**kwargs)
+        self.filters, self.kind = filters, kind
+        self.conv = layers.Conv2D(filters, 3, padding="same", name="conv")
+        self.bn = layers.BatchNormalization(name="bn")
+        self.drop = layers.Dropout(0.5, name="drop")
+
+    def build(self, shape):
+        self.conv.build(shape)
+        self.bn.build((*shape[:-1], self.filters))
+        if self.kind == "own weight":
+            self.factor = self.add_weight(shape=(), initializer="ones", name="factor")
+
+    def call(self, x, training=None):
+        y = self.bn(self.conv(x), training=training)
+        if self.kind == "own weight":
+            y = y * self.factor
+        if self.kind == "differs in training" and training:
+            y = y + 1.0
+        if self.kind == "not symbolic" and float(y[0, 0, 0, 0]) > 0:
+            y = y + 1.0
+        return keras.ops.relu(self.drop(y, training=training)) + x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def compute_output_spec(self, x, training=None):
+        return keras.KerasTensor(x.shape, dtype=x.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters, "kind": self.kind}
+
+
+def _blocks(*kinds):
+    x = inputs = keras.Input((6, 6, 4))
+    for number, kind in enumerate(kinds):
+        x = Block(kind=kind, name=f"block{number}")(x)
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
+
+
+def _train_inside(model, rng):
+    for layer in model._flatten_layers():
+        if isinstance(layer, layers.BatchNormalization):
+            layer.moving_mean.assign(rng.normal(size=layer.moving_mean.shape))
+            layer.moving_variance.assign(rng.uniform(0.3, 3.0, size=layer.moving_mean.shape))
+            layer.gamma.assign(rng.uniform(0.5, 1.5, size=layer.moving_mean.shape))
+    return model
+
+
+def _left_in(model):
+    return [x for x in model._flatten_layers() if isinstance(x, layers.BatchNormalization)]
+
+
+def test_layers_that_hold_others_are_opened(rng, tmp_path):
+    model = _train_inside(_blocks(None, None), rng)
+    model.get_layer("block0").conv.trainable = False
+    x = _input(model, rng, size=20)
+    converted, report = _convert(model, x, epsilon_ratio=FIXED_SCALE, return_report=True)
+    assert (report.replaced, report.left, _left_in(converted)) == (2, 0, [])
+    assert report.agreement > 0.999
+    close(converted(x), model(x), ROUNDING)
+    assert [layer.name for layer in converted.layers] == [layer.name for layer in model.layers]
+    assert not converted.get_layer("block0").get_layer("conv").trainable
+    converted.save(tmp_path / "frn.keras")
+    loaded = keras.models.load_model(tmp_path / "frn.keras", custom_objects={"Block": None})
+    np.testing.assert_array_equal(loaded(x), converted(x))
+    # It trains as the block did.
+    loaded.compile("sgd", "mse")
+    loaded.fit(x, np.zeros((20, 4)), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("own weight", "it has weights or losses outside"),
+        ("differs in training", "differs in training"),
+        ("not symbolic", "cannot be traced"),
+    ],
+)
+def test_layers_that_cannot_be_opened_are_named(kind, reason, rng):
+    model = _train_inside(_blocks(None, kind), rng)
+    model.get_layer("block1").bn.trainable = False
+    match = rf"`model` keeps 1 of 2 BatchNormalization layers.*: block1 \(1 .*{reason}"
+    with pytest.warns(UserWarning, match=match):
+        converted, report = _convert(model, return_report=True)
+    assert (report.replaced, report.left, len(_left_in(converted))) == (1, 1, 1)
+    assert "1 BatchNormalization layers became FRN and 1 were left" in str(report)
+    block = converted.get_layer("block1")
+    assert (block.bn.trainable, block.conv.trainable) == (False, True)
+
+
+class OwnNormalization(layers.BatchNormalization):
+    pass
+
+
+def test_a_subclass_of_batch_normalization_is_named():
+    stack = [keras.Input((4, 3)), OwnNormalization(name="own"), layers.BatchNormalization()]
+    with pytest.warns(UserWarning, match=r"keeps 1 of 2 .*own \(not a plain Batch"):
+        _convert(keras.Sequential(stack))
+
+
+@pytest.mark.parametrize("is_calibrated", [False, True])
+@pytest.mark.parametrize("steps", [3, None])
+def test_what_is_applied_to_each_step_of_time_is_converted(steps, is_calibrated, rng, tmp_path):
+    cnn = keras.Sequential(
+        [
+            keras.Input((6, 6, 3)),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(),
+            layers.ReLU(name="relu"),
+            layers.Conv2D(4, 3, name="last"),
+            layers.BatchNormalization(),
+        ]
+    )
+    cnn.get_layer("last").trainable = False
+    stack = [layers.TimeDistributed(cnn), layers.TimeDistributed(layers.BatchNormalization())]
+    model = keras.Sequential([keras.Input((steps, 6, 6, 3)), *stack])
+    _train_inside(model, rng)
+    x = rng.normal(size=(9, 3, 6, 6, 3)).astype("float32")
+    converted, report = _convert(
+        model, x if is_calibrated else None, epsilon_ratio=FIXED_SCALE, return_report=True
+    )
+    assert (report.replaced, report.left, _left_in(converted)) == (3, 0, [])
+    close(converted(x), model(x), 1e-3)  # a variance is a difference of float32 means
+    assert type(converted.layers[0].layer.get_layer("relu")) is TLU
+    assert not converted.layers[0].layer.get_layer("last").trainable
+    converted.save(tmp_path / "frn.keras")
+    loaded = keras.models.load_model(tmp_path / "frn.keras")
+    np.testing.assert_array_equal(loaded(x), converted(x))
+
+
+@keras.saving.register_keras_serializable("tests")
+class OwnStep(keras.Model):
+    def train_step(self, data):
+        return {"loss": 7.0}
+
+
+@keras.saving.register_keras_serializable("tests")
+class OfSizes(keras.Model):
+    """A class that is not made of inputs and outputs."""
+
+    def __init__(self, size, has_bn=True, name=None):
+        inputs = keras.Input((size,))
+        x = layers.Dense(4)(inputs)
+        super().__init__(inputs, layers.BatchNormalization()(x) if has_bn else x, name=name)
+        self.size, self.has_bn = size, has_bn
+
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+    def get_config(self):
+        return {"size": self.size, "has_bn": self.has_bn, "name": self.name}
+
+
+def test_classes_of_models_stay_where_keras_keeps_them(rng):
+    inputs = keras.Input((3,))
+    inner = OwnStep(inputs, layers.BatchNormalization()(inputs), name="inner")
+    model = OwnStep(inputs, inner(inputs))
+    converted = _convert(model)
+    assert (type(converted), type(converted.get_layer("inner"))) == (OwnStep, OwnStep)
+
+
+def test_a_class_that_is_lost_is_named_and_what_does_not_change_is_kept(rng, tmp_path):
+    inputs = keras.Input((3,))
+    same, changed = OfSizes(3, has_bn=False, name="same"), OfSizes(4, name="changed")
+    model = _train_inside(keras.Model(inputs, changed(same(inputs))), rng)
+    x = _input(model, rng)
+    match = "`model` 'changed' of class OfSizes becomes a plain Functional, without .*compute_loss"
+    with pytest.warns(UserWarning, match=match):
+        converted = _convert(model, epsilon_ratio=FIXED_SCALE)
+    assert type(converted.get_layer("same")) is OfSizes
+    close(converted(x), model(x), ROUNDING)
+    converted.save(tmp_path / "frn.keras")
+    loaded = keras.models.load_model(tmp_path / "frn.keras")
+    np.testing.assert_array_equal(loaded(x), converted(x))
+
+
+@pytest.mark.parametrize("relu", [keras.ops.relu, keras.activations.relu])
+def test_a_relu_that_is_an_operation_becomes_tlu(relu, rng, tmp_path):
+    inputs = keras.Input((5, 4))
+    x = layers.BatchNormalization()(inputs)
+    y = layers.BatchNormalization()(relu(x))
+    model = _trained(keras.Model(inputs, relu(y + x)), rng)
+    x = _input(model, rng)
+    converted, report = _convert(model, epsilon_ratio=FIXED_SCALE, return_report=True)
+    assert sum(isinstance(layer, TLU) for layer in converted.layers) == 1
+    assert "1 activations became TLU" in str(report)
+    close(converted(x), model(x), ROUNDING)
+    rows = _report(model, replace_activations=False).entries
+    assert [row.reason for row in rows if row.action == "kept"] == ["not asked for"]
+
+
+def test_a_preprocessor_is_applied_to_the_data_and_named(rng):
+    model = _trained(_residual(), rng)
+    model.preprocessor = lambda x: (x / 255, None)
+    images = rng.integers(0, 256, size=(40, 8, 8, 3)).astype("float32")
+    with pytest.warns(UserWarning, match="without its own preprocessor"):
+        actual = _convert(model, images).get_weights()
+    del model.preprocessor
+    for weight, expected in zip(actual, _convert(model, images / 255).get_weights(), strict=True):
+        close(weight, expected, 1e-6)  # one rounding of the images
+
+
+def test_a_ratio_that_is_too_small_for_the_model_is_said(rng):
+    stack = [layers.Dense(3), layers.BatchNormalization(), layers.Flatten()]
+    model = keras.Sequential([keras.Input((8, 3)), *stack])
+    # Samples of very different energy, which FRN brings to one.
+    data = rng.normal(size=(64, 8, 3)) * np.exp(rng.normal(0, 3, size=(64, 1, 1)))
+    with pytest.warns(UserWarning, match="`epsilon_ratio` is too small for this model"):
+        _, report = _convert(model, data, epsilon_ratio=0.0, return_report=True)
+    assert "Correlation with the given model: 0." in str(report)
+    assert _report(model, calibration_data=data, epsilon_ratio=1e3).agreement > 0.999

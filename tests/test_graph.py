@@ -1,4 +1,5 @@
 import keras
+import numpy as np
 from keras import layers
 from reference import close
 
@@ -69,3 +70,45 @@ def test_layers_lists_those_inside_of_others_once():
         assert found.count(name) == 1
     wrapped = keras.Sequential([keras.Input((5, 4)), layers.TimeDistributed(layers.Dense(2))])
     assert any(type(layer) is layers.Dense for layer in graph.list_layers(wrapped))
+
+
+def run_steps(model, x):
+    """The output of the last step."""
+    steps, (key,) = graph.unroll(model)
+    values = {key: graph.Value(x)}
+    for step in steps:
+        values |= zip(step.outputs, step.run(values[key] for key in step.inputs), strict=True)
+    return values[steps[-1].outputs[0]].array
+
+
+def test_the_steps_of_a_model_compute_it(rng):
+    model = nested()
+    x = rng.normal(size=(3, 4)).astype("float32")
+    steps, _ = graph.unroll(model)
+    assert [step.layer.name for step in steps] == [
+        "first",
+        "inside",
+        "between",
+        "shared",
+        "shared",
+        "sum",
+    ]
+    close(run_steps(model, x), keras.ops.convert_to_numpy(model(x)), 1e-6)
+
+
+def test_masks_travel_with_the_values(rng):
+    inputs = keras.Input((None,), dtype="int32")
+    x = layers.ReLU()(layers.Embedding(5, 3, mask_zero=True)(inputs))
+    model = keras.Model(inputs, layers.GlobalAveragePooling1D()(x))
+    x = np.array([[1, 2, 0], [3, 0, 0]])
+    close(run_steps(model, x), keras.ops.convert_to_numpy(model(x)), 1e-6)
+    (embedded,) = graph.unroll(model)[0][0].run([graph.Value(x)])
+    np.testing.assert_array_equal(embedded.mask, x > 0)
+
+
+def test_a_replaced_call_is_of_one_layer(rng):
+    x = rng.normal(size=(3, 4)).astype("float32")
+    one, other = layers.ReLU(), layers.ReLU()
+    graph.replace_call(one, lambda x: x)
+    close(keras.ops.convert_to_numpy(one(x)), x, 0)
+    close(keras.ops.convert_to_numpy(other(x)), np.maximum(x, 0), 0)

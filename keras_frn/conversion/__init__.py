@@ -1,86 +1,27 @@
 """A trained BatchNormalization model becomes an FRN model."""
 
-import dataclasses
 import math
-import numbers
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import keras
-import numpy as np
 
 from .. import graph
-from ..layers import TLU, FilterResponseNormalization
+from ..errors import ArgumentWarning
 from ..samples import Samples
-from ..typing import CalibrationData
-from .fit import CONSTANT_EPSILON, Affine, fit, set_closed_form
+from ..typing import CalibrationData, is_number
+from .fit import fit, measure_agreement, set_closed_form
+from .opening import open_layers
+from .plan import Plan
+from .report import ConversionReport, Replacement
 
 __all__ = ["ConversionReport", "Replacement", "replace_batch_normalization"]
 
-# Below this, a channel of one position would be close to its sign: unit energy whatever the input.
-_SINGLE_POSITION_RATIO = 1.0
-_ACTIVATIONS = (
-    keras.layers.Activation,
-    keras.layers.ReLU,
-    keras.layers.LeakyReLU,
-    keras.layers.PReLU,
-    keras.layers.ELU,
-)
-_FRN, _TLU = "FRN", "TLU with a threshold of 0"
-_SHARED = "other layers come before it too"
-
-
-@dataclasses.dataclass(frozen=True)
-class Replacement:
-    """What became of one layer.
-
-    Attributes:
-        layer: Name of the layer.
-        kind: Name of its class.
-        action: `"replaced"` or `"kept"`.
-        reason: What it became, or why it was kept.
-        positions: Number of spatial positions of a BatchNormalization layer, if it is fixed.
-        epsilon_ratio: The median over its channels of epsilon / mean square. Near 0 is FRN as in
-            the paper, 3 normalizes mildly, and a large value is close to a fixed scale.
-    """
-
-    layer: str
-    kind: str
-    action: str
-    reason: str
-    positions: int | None = None
-    epsilon_ratio: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversionReport:
-    """What `replace_batch_normalization` replaced and what it kept. `print(report)` shows it.
-
-    Attributes:
-        entries: A `Replacement` for each BatchNormalization layer, for each activation after one,
-            and for each layer that has a BatchNormalization layer inside which no graph shows.
-    """
-
-    entries: tuple[Replacement, ...]
-
-    def __str__(self) -> str:
-        if not self.entries:
-            return "No BatchNormalization layer was found: the model is an unchanged copy."
-        width = max(len(entry.layer) for entry in self.entries)
-        lines = [
-            f"{sum(e.reason == _FRN for e in self.entries)} BatchNormalization layers became FRN, "
-            f"{sum(e.reason == _TLU for e in self.entries)} activations became TLU, "
-            f"{sum(e.action == 'kept' for e in self.entries)} layers were kept.",
-            f"{'layer':{width}}  {'class':18}  N       eps/nu2  what",
-        ]
-        for entry in self.entries:
-            ratio = "" if entry.epsilon_ratio is None else f"{entry.epsilon_ratio:.3g}"
-            lines.append(
-                f"{entry.layer:{width}}  {entry.kind:18}  {entry.positions or '':<6}  {ratio:7}  "
-                f"{entry.action}: {entry.reason}"
-            )
-        return "\n".join(lines)
+# Converted networks of all kinds are above this, and those that need a larger ratio are below.
+_GOOD_AGREEMENT = 0.8
+# What a class of models may have of its own, which a functional model has not.
+_OWN = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", "call")
 
 
 @overload
@@ -174,117 +115,71 @@ def replace_batch_normalization(
     _check_model(model)
     _check_arguments(epsilon_ratio, learned_epsilon)
     samples = Samples(model, calibration_data)
-    plan = _Plan(model, replace_activations)
-    if not plan.norms:
-        warnings.warn(
-            f"Model {model.name!r} has no BatchNormalization layer that can be replaced: the "
-            "result is a copy.",
-            stacklevel=2,
-        )
-    ratios: dict[Any, Any] = {}
-    for bn in plan.norms:
-        is_single = count_positions(bn) == 1
-        ratios[bn] = max(epsilon_ratio, _SINGLE_POSITION_RATIO) if is_single else epsilon_ratio
-
-    def copy_one(layer: Any) -> Any:
-        if layer in plan.norms:
-            return _make_frn(layer, ratios[layer], learned_epsilon)
-        if layer in plan.tlus:
-            return _make_tlu(layer, plan.tlus[layer])
-        return graph.copy_layer(layer)
-
-    converted, copies = graph.copy(model, copy_one)
+    opened, closed = open_layers(model)
+    plan = Plan(opened, replace_activations, epsilon_ratio, learned_epsilon, closed)
+    converted, copies = graph.copy(opened, plan.copy_layer, changes=plan.changes)
+    copies |= plan.copies
     for layer, copy in copies.items():
-        if layer in plan.norms:
-            set_closed_form(copy, layer, ratios[layer])
-        elif layer not in plan.tlus:
+        if layer in plan.ratios:
+            set_closed_form(copy, layer, plan.ratios[layer])
+        elif plan.keeps_weights(layer):
             graph.copy_weights(layer, copy)
     graph.copy_trainable(copies)
-    replaced = {copies[bn]: bn for bn in plan.norms}
-    if samples.count and replaced:
-        ratios |= fit(model, converted, replaced, ratios, samples, bool(verbose))
-    if not return_report:
-        return converted
-    return converted, ConversionReport(tuple(plan.entries(ratios)))
+    ratios, agreement = dict(plan.ratios), None
+    if samples.count and ratios:
+        replaced = {copies[bn]: bn for bn in ratios}
+        ratios |= fit(opened, converted, replaced, ratios, samples, bool(verbose))
+        agreement = measure_agreement(opened, converted, samples)
+    report = ConversionReport(tuple(plan.describe(ratios)), agreement)
+    models = [(model, converted), *(pair for pair in copies.items() if graph.is_graph(pair[0]))]
+    for warning in (*_describe_rest(model, report), *_describe_losses(models)):
+        warnings.warn(warning, stacklevel=2)
+    return (converted, report) if return_report else converted
 
 
-class _Plan:
-    """What becomes of each layer of a model.
-
-    Attributes:
-        norms: The BatchNormalization layers to replace.
-        tlus: Dict from each activation that becomes TLU to the layer in `norms` before it.
-    """
-
-    def __init__(self, model: keras.Model, replace_activations: bool) -> None:
-        self._wiring = graph.Wiring(model)
-        self._layers = dict.fromkeys(call.layer for call in self._wiring.calls)
-        self.norms = [x for x in self._layers if type(x) is keras.layers.BatchNormalization]
-        self.tlus: dict[Any, Any] = {}
-        for layer in self._layers if replace_activations else ():
-            norm = self._norm_before(layer)
-            if norm is not None and _is_relu(layer) and self._sources(layer) == {norm}:
-                self.tlus[layer] = norm
-
-    def _sources(self, layer: Any) -> set[Any]:
-        """The layers that a layer reads; None is an input."""
-        calls = self._wiring.calls_of(layer)
-        producers = [self._wiring.producer(tensor) for call in calls for tensor in call.inputs]
-        return {producer and producer.layer for producer in producers}
-
-    def _norm_before(self, layer: Any) -> Any:
-        """A layer in `norms` that the layer reads, or None."""
-        return next((source for source in self._sources(layer) if source in self.norms), None)
-
-    def entries(self, ratios: Mapping[Any, Any]) -> Iterator[Replacement]:
-        """The rows of the report."""
-        for layer in self._layers:
-            row: dict[str, Any] = {"layer": layer.name, "kind": type(layer).__name__}
-            if layer in self.norms:
-                row |= {"positions": count_positions(layer)}
-                row |= {"epsilon_ratio": float(np.median(ratios[layer]))}
-                yield Replacement(**row, action="replaced", reason=_FRN)
-            elif layer in self.tlus:
-                yield Replacement(**row, action="replaced", reason=_TLU)
-            elif self._norm_before(layer) is not None and isinstance(layer, _ACTIVATIONS):
-                alone = "not asked for" if len(self._sources(layer)) == 1 else _SHARED
-                reason = alone if _is_relu(layer) else "not a ReLU"
-                yield Replacement(**row, action="kept", reason=reason)
-            elif not graph.is_graph(layer) and any(
-                "moving_variance" in weight.path for weight in getattr(layer, "weights", ())
-            ):
-                reason = "BatchNormalization inside, which no graph shows"
-                yield Replacement(**row, action="kept", reason=reason)
+def _describe_rest(model: keras.Model, report: ConversionReport) -> Iterator[Warning]:
+    """Warnings about what was not converted, or not well."""
+    if report.left:
+        names = ", ".join(f"{x.layer} ({x.reason})" for x in report.entries if x.left)
+        text = (
+            f"keeps {report.left} of {report.left + report.replaced} BatchNormalization layers, "
+            f"which still use batch statistics in `fit`: {names}. Build the model from layers that "
+            "hold none inside to replace them, too."
+        )
+        yield ArgumentWarning("model", text)
+    elif not report.replaced:
+        text = f"has no BatchNormalization layer. Received: {model.name!r}. The result is a copy."
+        yield ArgumentWarning("model", text)
+    if report.agreement is not None and report.agreement < _GOOD_AGREEMENT:
+        text = (
+            "is too small for this model: over the calibration data the outputs correlate with "
+            f"those of the given model by {report.agreement:.2f} only. Networks with gates, as "
+            "squeeze-and-excite, need a larger one. Try 30 and 1000, fine-tune, and let "
+            "`keras_frn.callbacks.EpsilonScheduler` lower it."
+        )
+        yield ArgumentWarning("epsilon_ratio", text)
 
 
-def _make_frn(bn: Any, ratio: float, learned_epsilon: Any) -> FilterResponseNormalization:
-    config = bn.get_config()
-    names = ["name", "trainable", "dtype", "axis"]
-    names += [
-        f"{w}_{x}" for w in ("beta", "gamma") for x in ("initializer", "regularizer", "constraint")
-    ]
-    epsilon: Any = CONSTANT_EPSILON
-    if not learned_epsilon:
-        epsilon = (epsilon + ratio * Affine.of(bn).mean_square).tolist()
-    return FilterResponseNormalization.from_config(
-        {
-            **{name: config[name] for name in names},
-            "epsilon": epsilon,
-            "learned_epsilon": learned_epsilon if ratio else False,
-        }
-    )
-
-
-def _make_tlu(activation: Any, bn: Any) -> TLU:
-    config = activation.get_config()
-    options = {name: config[name] for name in ("name", "trainable", "dtype")}
-    return TLU.from_config({**options, "axis": bn.axis})
-
-
-def _is_relu(layer: Any) -> bool:
-    if type(layer) is keras.layers.ReLU:
-        return layer.max_value is None and not layer.negative_slope and not layer.threshold
-    return type(layer) is keras.layers.Activation and layer.activation is keras.activations.relu
+def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
+    """Warnings about what a class of models had of its own and its copy has not."""
+    kinds: dict[Any, Any] = {}
+    for old, new in pairs:
+        has_more = [getattr(x, "preprocessor", None) is not None for x in (old, new)] == [
+            True,
+            False,
+        ]
+        if has_more or not isinstance(new, type(old)):
+            kinds.setdefault(type(old), (old, new, ["preprocessor"] * has_more))
+    for kind, (old, new, own) in kinds.items():
+        own += [name for name in _OWN if getattr(kind, name, 0) is not getattr(type(new), name, 0)]
+        text = f"{old.name!r} of class {kind.__name__} becomes a plain {type(new).__name__}"
+        text += f", without its own {', '.join(own)}" if own else ""
+        try:
+            config = keras.saving.serialize_keras_object(pairs[0][1])
+            keras.saving.deserialize_keras_object(config)
+        except (TypeError, ValueError) as error:
+            text += f". It can be saved, but not loaded again: {error}"
+        yield ArgumentWarning("model", f"{text}.")
 
 
 def _check_model(model: Any) -> None:
@@ -303,11 +198,7 @@ def _check_model(model: Any) -> None:
 
 
 def _check_arguments(epsilon_ratio: Any, learned_epsilon: Any) -> None:
-    if (
-        isinstance(epsilon_ratio, bool)
-        or not isinstance(epsilon_ratio, numbers.Real)
-        or not 0 <= epsilon_ratio < math.inf
-    ):
+    if not is_number(epsilon_ratio) or not 0 <= epsilon_ratio < math.inf:
         raise ValueError(
             "`epsilon_ratio` must be a finite number of 0 or more. Received: "
             f"epsilon_ratio={epsilon_ratio!r}. 3 is the default, 0 is FRN with the epsilon of the "
@@ -319,10 +210,3 @@ def _check_arguments(epsilon_ratio: Any, learned_epsilon: Any) -> None:
             f"learned_epsilon={learned_epsilon!r}. One epsilon per layer cannot follow the mean "
             "square of each channel."
         )
-
-
-def count_positions(norm: keras.Layer) -> int | None:
-    """The number of spatial positions that a normalization sees, or None if it may change."""
-    shape = list(norm.get_build_config()["input_shape"])
-    del shape[norm.axis], shape[0]
-    return None if None in shape else math.prod(shape)

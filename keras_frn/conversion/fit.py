@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..samples import Samples
 from ..typing import Tensor
 from .calibration import ForwardPass
 
-__all__ = ["CONSTANT_EPSILON", "Affine", "fit", "set_closed_form"]
+__all__ = ["CONSTANT_EPSILON", "Affine", "fit", "measure_agreement", "set_closed_form"]
 
 # The constant part of epsilon, as in the paper.
 CONSTANT_EPSILON = 1e-6
@@ -94,6 +95,24 @@ def fit(
 
     ForwardPass(converted, samples, replaced).fit(fit_one)
     return measured
+
+
+def measure_agreement(model: keras.Model, converted: keras.Model, samples: Samples) -> float | None:
+    """The correlation of two models' outputs over 8 to 128 samples; None if they are fewer."""
+    outputs: list[list[Any]] = [[], []]
+    for batch in itertools.islice(samples, 4):
+        for found, one in zip(outputs, (model, converted)):
+            given = keras.tree.flatten(one(samples.nest(batch), training=False))
+            found.append([ops.convert_to_numpy(ops.cast(y, "float32")) for y in given])
+    if sum(len(batch[0]) for batch in outputs[0]) < 8:
+        return None
+    correlations = []
+    for pair in zip(*(map(np.concatenate, zip(*found)) for found in outputs)):
+        # What is the same in all samples says nothing.
+        a, b = ((y - y.mean(0)).ravel().astype("float64") for y in pair)
+        if a.any() and b.any():
+            correlations.append(a @ b / np.sqrt((a @ a) * (b @ b)))
+    return float(np.mean(correlations)) if correlations else None
 
 
 @dataclasses.dataclass(frozen=True)
