@@ -594,9 +594,7 @@ def test_layers_that_hold_others_are_opened(rng, tmp_path):
     converted.save(tmp_path / "frn.keras")
     loaded = keras.models.load_model(tmp_path / "frn.keras", custom_objects={"Block": None})
     np.testing.assert_array_equal(loaded(x), converted(x))
-    # It trains as the block did.
-    loaded.compile("sgd", "mse")
-    loaded.fit(x, np.zeros((20, 4)), verbose=0)
+    assert any(isinstance(layer, layers.Dropout) for layer in loaded._flatten_layers())
 
 
 @pytest.mark.parametrize(
