@@ -145,7 +145,7 @@ ERRORS = {
         dict(calibration_data=[([np.zeros((1, 12, 12, 3))] * 2, None)]),
         "`calibration_data` must hold 1 inputs per sample. Received: 2",
     ),
-    "integer_io": (dict(integer_io=True), "`integer_io` must be False unless .*integer_io=True"),
+    "integer_io": (dict(integer_io=True), "`integer_io` must be False unless .*Received: True"),
     "ending": (
         dict(path="model.lite"),
         r"`path` must end with .tflite. Received: path='model.lite'",

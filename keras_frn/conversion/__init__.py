@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import keras
 
 from .. import graph
-from ..errors import ArgumentWarning
+from ..errors import ArgumentError, ArgumentWarning
 from ..samples import Samples
 from ..typing import CalibrationData, is_number
 from .fit import fit, measure_agreement, set_closed_form
@@ -199,10 +199,10 @@ def _check_model(model: Any) -> None:
 
 def _check_arguments(epsilon_ratio: Any, learned_epsilon: Any) -> None:
     if not is_number(epsilon_ratio) or not 0 <= epsilon_ratio < math.inf:
-        raise ValueError(
-            "`epsilon_ratio` must be a finite number of 0 or more. Received: "
-            f"epsilon_ratio={epsilon_ratio!r}. 3 is the default, 0 is FRN with the epsilon of the "
-            "paper."
+        raise ArgumentError(
+            "epsilon_ratio",
+            f"must be a finite number of 0 or more. Received: {epsilon_ratio!r}. 3 is the default, "
+            "0 is FRN with the epsilon of the paper.",
         )
     if learned_epsilon not in ("per_channel", False):
         raise ValueError(

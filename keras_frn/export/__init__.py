@@ -109,7 +109,7 @@ def export_tflite(
     if scheme.is_calibrated and calibration_data is None:
         raise ArgumentError(
             "calibration_data",
-            f"must be given with quantization={quantization!r}. Received: calibration_data=None. "
+            f"must be given with the preset {quantization!r}. Received: None. "
             "Pass inputs like those at inference, in their whole range of contrast: an array of "
             "100 to 500 samples, a `tf.data.Dataset` or an iterable of batches.",
         )
@@ -174,8 +174,8 @@ def export_tflite(
     if integer_io and scheme.is_integer and in_float:
         raise ArgumentError(
             "integer_io",
-            f"must be False if operators stay in float. Received: integer_io=True, while "
-            f"quantization={quantization!r} leaves {list_counts(in_float)} in float. Replace their "
+            f"must be False if operators stay in float. Received: True, while the preset "
+            f"{quantization!r} leaves {list_counts(in_float)} in float. Replace their "
             "layers, or leave it out.",
         )
 
@@ -236,8 +236,8 @@ def _check_preset(quantization: Preset | None, integer_io: bool) -> Scheme:
         calibrated = tuple(name for name, scheme in PRESETS.items() if scheme.is_calibrated)
         raise ArgumentError(
             "integer_io",
-            f"must be False unless `quantization` is one of {calibrated}. Received: "
-            f"integer_io={integer_io}, quantization={quantization!r}. Leave it out.",
+            f"must be False unless the preset is one of {calibrated}. Received: {integer_io} with "
+            f"the preset {quantization!r}. Leave it out.",
         )
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
@@ -282,7 +282,7 @@ def _take_sizes(specs: Any, samples: Samples, quantization: Preset | None) -> An
     if any(len(sizes) > 1 for sizes in seen):
         raise ArgumentError(
             "calibration_data",
-            f"must have samples of one size with quantization={quantization!r}. Received: "
+            f"must have samples of one size with the preset {quantization!r}. Received: "
             f"{[sorted(sizes) for sizes in seen]}. Integer files have one size: resize the "
             "samples, or use 'dynamic', which takes any.",
         )

@@ -29,9 +29,9 @@ def specs_of(model: keras.Model, input_signature: Sequence[Any] | None) -> list[
     if len(given) != len(own) or not all(map(_fits, given, own)):
         raise ArgumentError(
             "input_signature",
-            "must have a `keras.InputSpec` that fits each of the model's inputs, "
-            f"{[(spec.dtype, spec.shape) for spec in own]}. Received: "
-            f"input_signature={input_signature}. Pass [keras.InputSpec(shape=...)] with the batch.",
+            f"must fit the model's inputs, {[(spec.dtype, spec.shape) for spec in own]}. Received: "
+            f"{[(x.dtype, x.shape) if hasattr(x, 'shape') else x for x in given]}. Pass the whole "
+            "shape of each, with the batch.",
         )
     chosen = [_spec(x.shape, spec.dtype or x.dtype, spec.name) for x, spec in zip(given, own)]
     return keras.tree.pack_sequence_as(nested, chosen)
