@@ -239,6 +239,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _migrate(arguments: argparse.Namespace) -> None:
     output = _target(arguments.output, ".keras", arguments.overwrite)
     inputs = _array(arguments.check, "--check")
+    _existing(arguments.model, "model")
     model = load_addons_model(arguments.model, weights=arguments.weights, tau=arguments.tau)
     _print_layers(model)
     if inputs is not None:

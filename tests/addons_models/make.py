@@ -261,7 +261,7 @@ def write(model, folder):
     def attempt(name, save):
         try:
             save(at(name))
-        except Exception as error:  # e.g. two weights of one name in an old h5 file
+        except (RuntimeError, TypeError, ValueError) as error:  # two weights of one name
             print(f"  {name}: {str(error)[:100]}")
             if os.path.isfile(at(name)):
                 os.remove(at(name))
