@@ -310,6 +310,7 @@ def test_a_reader_that_leaves_early_is_no_error(files, unbuffered):
     assert b"keras-frn" not in errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
 def test_control_c(tmp_path):
     pytest.importorskip("sklearn", reason="of the [demo] extra")

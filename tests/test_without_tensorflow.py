@@ -67,6 +67,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_what_needs_no_tensorflow_runs_without(backend, tmp_path):
     pytest.importorskip(backend)
