@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from exporting import (
     FLOAT,
+    PRESETS,
     exports,
     frn,
     frn_tlu_layer,
@@ -14,6 +15,7 @@ from keras import layers
 from reference import close
 
 from keras_frn.export import export_tflite
+from keras_frn.export.inference_layers import REPLACED
 from keras_frn.export.runtime import LiteRT
 
 pytestmark = exports
@@ -182,3 +184,123 @@ def test_the_advice_for_recurrent_layers_is_true(tmp_path, rng):
     assert not list(tmp_path.iterdir())
     model = recurrent(layers.GRU, unroll=True)
     assert export_tflite(model, path, quantization="int16x8", calibration_data=x).agreement > 0.8
+
+
+def volumes(x):
+    """A 3D U-Net in small: what LiteRT has no integer operators for, or none at all."""
+    x = frn_tlu_layer()(layers.Conv3D(16, 3, padding="same")(x))
+    y = layers.MaxPooling3D()(x)
+    y = layers.Conv3DTranspose(16, 3, 2, padding="same")(layers.Conv3D(16, 3)(y))
+    y = layers.AveragePooling3D(2, 1)(layers.Concatenate()([y, x[:, :4, :4, :4]]))
+    return layers.Conv3D(3, 1)(y)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_volumes_are_quantized(preset, tmp_path, rng):
+    inputs = keras.Input((8, 8, 8, 2))
+    model, x = keras.Model(inputs, volumes(inputs)), images(rng, 32, (8, 8, 8, 2))
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
+    assert not report.in_float
+    assert not any("3D" in name for name in report.operators)
+    # 18 thousand weights: half of them or a quarter, and the operators.
+    parts = {None: 5, "float16": 3}
+    assert report.size < 18e3 * parts.get(preset, 2) + 5e3
+
+
+@pytest.mark.parametrize("layer", [layers.Conv3D, layers.Conv3DTranspose])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(
+    ("size", "strides", "dilation"),
+    [
+        ((3, 3, 3), 1, 1),
+        ((1, 2, 3), 2, 1),
+        ((4, 3, 2), (3, 1, 2), 1),
+        ((2, 2, 2), 1, 2),
+        (1, 3, 1),  # TensorFlow's padding is negative here
+    ],
+)
+def test_a_3d_convolution_is_the_same_in_2d(layer, padding, size, strides, dilation, rng):
+    if layer is layers.Conv3DTranspose and dilation > 1:
+        pytest.skip("TensorFlow does not have it")
+    original = layer(6, size, strides, padding, dilation_rate=dilation, use_bias=dilation == 1)
+    x = images(rng, 2, (9, 8, 7, 2))
+    expected = original(x)
+    copy = REPLACED[layer].from_config(original.get_config())
+    copy.build(x.shape)
+    copy.set_weights(original.get_weights())
+    close(copy(x), expected, FLOAT)
+
+
+@pytest.mark.parametrize("layer", [layers.MaxPooling3D, layers.AveragePooling3D])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize(("size", "strides"), [(2, 2), ((3, 2, 1), (2, 1, 1)), (1, 3)])
+def test_3d_pooling_is_the_same_in_2d(layer, padding, size, strides, rng):
+    original, x = layer(size, strides, padding), images(rng, 2, (9, 8, 7, 2))
+    close(REPLACED[layer].from_config(original.get_config())(x), original(x), FLOAT)
+
+
+def pyramid(x):
+    a = frn_tlu_layer()(layers.Conv2D(16, 3, padding="same")(x))
+    b = layers.Conv2D(16, 3, 2, padding="same")(a)
+    c = layers.Conv2D(8, 3, padding="same")(frn_tlu_layer()(b))
+    return {"p1": a, "p2": b, "p3": c}
+
+
+def repeat(x):
+    x = layers.Conv2D(16, 3)(frn_tlu_layer()(layers.Conv2D(8, 3)(x)))
+    return [x, layers.Dropout(0.1)(x), layers.Identity()(x), layers.GlobalAveragePooling2D()(x)]
+
+
+@pytest.mark.parametrize("build", [pyramid, repeat])
+@pytest.mark.parametrize(
+    ("preset", "integer_io"),
+    [("int8_float_statistics", False), ("int8", False), ("int8", True), ("int16x8", False)],
+)
+def test_outputs_may_be_read_inside_and_be_one_tensor(build, preset, integer_io, tmp_path, rng):
+    inputs = keras.Input((12, 12, 3))
+    model, x = keras.Model(inputs, build(inputs)), images(rng, 32)
+    report = export_tflite(
+        model,
+        tmp_path / "m.tflite",
+        quantization=preset,
+        calibration_data=x,
+        integer_io=integer_io,
+    )
+    expected = keras.tree.flatten(model.predict(x, verbose=0))
+    for actual, output in zip(LiteRT(report.path)(x), expected, strict=True):
+        close(actual, output, PRESETS[preset])
+    assert not report.in_float
+
+
+def test_integers_at_the_ends_need_integers_between(tmp_path, rng):
+    inputs = keras.Input((12, 12, 3))
+    model = keras.Model(inputs, -layers.Conv2D(6, 3)(inputs))
+    with pytest.raises(ValueError, match=r"`integer_io` must be False .*1 NEG in float"):
+        export_tflite(
+            model,
+            tmp_path / "m.tflite",
+            quantization="int8",
+            calibration_data=images(rng),
+            integer_io=True,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_stay_in_float_are_named(tmp_path, rng):
+    """Of unknown sizes a convolution in 3D is none in 2D."""
+    inputs = keras.Input((None, None, None, 2))
+    x = layers.Conv3D(32, 3)(inputs)
+    model = keras.Model(inputs, layers.Dense(80)(layers.GlobalAveragePooling3D()(x)))
+    with pytest.warns(UserWarning, match="weights stay in float: those of . CONV_3D"):
+        report = export_tflite(model, tmp_path / "m.tflite", quantization="dynamic")
+    assert set(report.in_float) == {"CONV_3D"}
+
+
+def test_a_grouped_3d_convolution_is_one_in_2d(rng):
+    original, x = layers.Conv3D(8, 3, groups=2, padding="same"), images(rng, 2, (6, 5, 4, 4))
+    expected = original(x)
+    copy = REPLACED[layers.Conv3D].from_config(original.get_config())
+    copy.build(x.shape)
+    copy.set_weights(original.get_weights())
+    close(copy(x), expected, FLOAT)

@@ -400,3 +400,69 @@ def test_a_layer_in_half_precision_must_be_made_again(tmp_path):
     model = keras.Model(inputs, Undescribed(name="own", dtype="mixed_float16")(inputs))
     with pytest.raises(ValueError, match=r"`model` must have .*own in float16.*float32"):
         export_tflite(model, tmp_path / "m.tflite")
+
+
+def run_in_half(file, x):
+    """What a file computes if each operator adds and multiplies in half precision."""
+    runtime = LiteRT(file, is_plain=True)
+    runtime(x)
+    half = {runtime.interpreter.get_input_details()[0]["index"]: x.astype("float16")}
+    for op in runtime.list_operators():
+        tensors = [runtime.interpreter.get_tensor(i) if i >= 0 else None for i in op["inputs"]]
+        a, *rest = (
+            half.get(i, t if t.dtype.kind == "i" else t.astype("float16"))
+            for i, t in zip(op["inputs"], tensors)
+            if t is not None
+        )
+        name = op["op_name"]
+        if name == "CONV_2D":
+            kernel, bias = rest
+            rows, columns = kernel.shape[1:3]
+            size = a.shape[1] - rows + 1, a.shape[2] - columns + 1
+            result = np.zeros((len(a), *size, len(kernel)), "float16")
+            for r, c, i in np.ndindex(kernel.shape[1:]):
+                result += a[:, r : r + size[0], c : c + size[1], i, None] * kernel[:, r, c, i]
+            result += bias
+        elif name == "MEAN":
+            axes = tuple(rest[0].ravel() % a.ndim)
+            sums = np.moveaxis(a, axes, range(len(axes)))
+            kept = sums.shape[len(axes) :]
+            sums = sums.reshape(-1, *kept)
+            count = len(sums)
+            while len(sums) > 1:
+                odd = sums[len(sums) // 2 * 2 :]
+                sums = np.concatenate([sums[0 : len(sums) - len(odd) : 2] + sums[1::2], odd])
+            result = (sums[0].astype("float32") / count).astype("float16")
+            result = result.reshape([1 if i in axes else n for i, n in enumerate(a.shape)])
+        elif name == "RESHAPE":
+            result = a.reshape(rest[0])
+        elif name == "DEQUANTIZE":
+            result = a
+        else:
+            functions = {"MUL": np.multiply, "ADD": np.add, "MAXIMUM": np.maximum}
+            functions["RSQRT"] = lambda a: np.float16(1) / np.sqrt(a)
+            result = functions[name](a, *rest)
+        assert result.dtype == np.float16
+        half[op["outputs"][0]] = result
+    return result.astype("float32")
+
+
+@pytest.mark.parametrize("preset", [None, "float16"])
+@pytest.mark.parametrize(("size", "largest"), [(32, 255), (256, 255), (256, 1)])
+def test_an_equalized_file_is_right_in_half_precision(preset, size, largest, tmp_path, rng):
+    """Sums included. With inputs to 255 and without equalization the outputs are NaN or 0."""
+    inputs = keras.Input((size + 2, size + 2, 3))
+    model = keras.Model(inputs, frn_tlu_layer()(layers.Conv2D(8, 3)(inputs)))
+    x = rng.uniform(0, largest, (4, size + 2, size + 2, 3)).astype("float32")
+    x = x * np.geomspace(0.2, 1, len(x), dtype="float32")[:, None, None, None]
+    shuffled_weights(model)
+    path = tmp_path / "m.tflite"
+    export_tflite(model, path, quantization=preset, calibration_data=x)
+    shown = x[[0, -1]]
+    with np.errstate(over="ignore"):
+        actual = run_in_half(path, shown)
+    # 27 products and then a sum in 16 steps, each with a rounding of 5e-4.
+    close(actual, model.predict(shown, verbose=0), 0.01)
+    if preset == "float16":  # a float32 file keeps its epsilon, which is 0 in half precision
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            assert np.isfinite(run_in_half(path, 0 * shown)).all()

@@ -131,12 +131,12 @@ def export_tflite(
         inputs = keras.tree.flatten(specs)
         sizes = ", ".join(str(spec.shape[1:]) for spec in inputs)
         notes.append(f"takes the size of the calibration data only, {sizes}.")
-    if scheme.is_calibrated and copy is None:
+    if calibration_data is not None and copy is None:
         norms = [x for x in graph.list_layers(model) if isinstance(x, FilterResponseNormalization)]
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
-    elif scheme.is_calibrated and copy is not None:
+    elif calibration_data is not None and copy is not None:
         show(f"equalizing {len(copy.normalizations)} normalizations")
-        copy.equalize(samples)
+        copy.equalize(samples, scheme.least_epsilon)
         if scheme.floor:
             copy.use_integer_form(scheme.floor)
         equalized, not_equalized = copy.equalized, copy.not_equalized

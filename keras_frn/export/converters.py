@@ -7,7 +7,8 @@ import re
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -62,6 +63,10 @@ def convert(
             )
         if not scheme.quantizer_operators:
             return by_converter(scheme, integer_io), []
+        reused = LiteRT(content, is_plain=True).find_reused_outputs()
+        if reused:
+            _save(model, specs, folder, reused)
+            content = by_converter(PRESETS[None])
         try:
             content = _by_quantizer(content, scheme, inputs, samples, integer_io)
             in_float = LiteRT(content, is_plain=True).count_float_operators()
@@ -76,14 +81,26 @@ def convert(
         return by_converter(scheme, integer_io), [note]
 
 
-def _save(model: Any, specs: Any, folder: str) -> None:
-    """Writes the inference function as a SavedModel."""
+def _save(
+    model: Any, specs: Any, folder: str, reused: Mapping[int, int] = MappingProxyType({})
+) -> None:
+    """Writes the inference function as a SavedModel, some of its outputs as copies."""
     import tensorflow as tf
 
     # `model.export` would trace some layers, such as `Resizing`, as in training.
     archive = keras.export.ExportArchive()
     archive.track(model)
-    serve = functools.partial(model.__call__, training=False)
+
+    def serve(*inputs: Any) -> Any:
+        outputs = model(*inputs, training=False)
+        flat = keras.tree.flatten(outputs)
+        for i, number in reused.items():
+            # ai-edge-quantizer loses outputs that are read inside, or that are one tensor. Of one
+            # tensor no chain is the beginning of another.
+            for bit in f"{number:0{max(reused.values()).bit_length()}b}":
+                flat[i] = (keras.ops.minimum if bit == "1" else keras.ops.maximum)(flat[i], flat[i])
+        return keras.tree.pack_sequence_as(outputs, flat)
+
     archive.add_endpoint("serve", serve, input_signature=specs)
     # What code raises that was not written for a graph.
     untraceable = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)

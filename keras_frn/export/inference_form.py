@@ -6,6 +6,7 @@ until each channel has a root mean square of one, and one integer scale fits all
 """
 
 import collections
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,6 +34,8 @@ __all__ = ["InferenceCopy"]
 # 16-bit RSQRT, a table, is off by 1 % and more. A layer of which more than the second share of the
 # mean squares is there normalizes twice.
 _RESOLVED, _UNRESOLVED = 1 / 64, 0.01
+# A quarter of the largest number of half precision: other samples may have larger sums.
+_LARGEST_SUM = 2.0**14
 # What the first of two normalizations adds. Mean squares spread over a factor of 100 become spread
 # over about 10 in each of the two.
 _FIRST_EPSILON = 1 / 16
@@ -81,6 +84,7 @@ class InferenceCopy:
         inside = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.normalizations = [layer for layer in inside if isinstance(layer, Normalization)]
         self.equalized: list[str] = []
+        self._positions: dict[Normalization, int] = {}
         self.not_equalized: dict[str, str] = {}
 
     def pool_first(self) -> None:
@@ -91,7 +95,7 @@ class InferenceCopy:
         """
         for layer in self.normalizations:
             rises = layer.gamma is None or np.all(layer.gamma > 0)
-            if not rises or layer.alpha is not None or not layer.is_channels_last:
+            if not rises or layer.alpha is not None or not layer.is_channels_last or layer.rank > 4:
                 continue
             pooling = self._next_pooling(layer)
             if pooling is not None:
@@ -113,13 +117,19 @@ class InferenceCopy:
         passes_on = isinstance(consumer, MaxPooling) or _is_threshold(consumer)
         return self._next_pooling(consumer) if passes_on else None
 
-    def equalize(self, batches: Iterable[Batch]) -> None:
-        """Scales each input channel of a normalization to unit root mean square on the batches."""
+    def equalize(self, batches: Iterable[Batch], least_epsilon: float = 0.0) -> None:
+        """Scales each input channel of a normalization to unit root mean square on the batches.
+
+        On maps so large that a sum of squares would come near the largest number of half precision,
+        to less.
+        """
         self._mean_squares = self._record(batches)
         for layer in self.normalizations:
             values = self._mean_squares[layer]
             others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
             factor = 1 / np.sqrt(values.mean(others) + layer.epsilon)
+            sums = self._positions[layer] * values * np.expand_dims(factor, others) ** 2
+            factor = factor * np.sqrt(_LARGEST_SUM / max(sums.max(), _LARGEST_SUM))
             try:
                 scaled = self._find_scalable(self._input_of(layer), factor)
             except _NotPossibleError as reason:
@@ -127,7 +137,7 @@ class InferenceCopy:
                 continue
             for target, part in scaled:
                 target.set_weights(_scale_weights(target, part))
-            layer.epsilon = layer.epsilon * factor**2
+            layer.epsilon = np.maximum(layer.epsilon * factor**2, least_epsilon)
             self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
             self.equalized.append(layer.name)
 
@@ -137,7 +147,8 @@ class InferenceCopy:
         `floor` is the least mean square as a share of the layer's largest.
         """
         for layer in self.normalizations:
-            values = self._mean_squares[layer] + layer.align(layer.epsilon)
+            values = self._mean_squares[layer]
+            values = values + layer.align(layer.epsilon, values)
             largest = values.max()
             if np.quantile(values, _UNRESOLVED) < _RESOLVED * largest:
                 layer.first_epsilon = np.maximum(_FIRST_EPSILON * largest, 2 * layer.epsilon)
@@ -166,6 +177,8 @@ class InferenceCopy:
 
         def record(layer: Normalization, x: Tensor, *_: Any) -> None:
             recorded[layer].append(ops.convert_to_numpy(layer.mean_square(x)))
+            positions = math.prod(x.shape) // max(recorded[layer][-1].size, 1)
+            self._positions[layer] = max(positions, self._positions.get(layer, 1))
 
         with graph.watch_calls(self.normalizations, record):
             for batch in batches:
@@ -235,7 +248,7 @@ def _copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     return MaxPooling(copy) if is_pooling else copy
 
 
-def _commutes(layer: keras.layers.Layer) -> bool:
+def _commutes(layer: Any) -> bool:
     """Whether the layer maps a scaled channel to its output, scaled alike."""
     if isinstance(layer, layers.ReLU):
         return layer.max_value is None and not np.any(layer.threshold)
@@ -251,7 +264,7 @@ def _is_relu6(layer: keras.layers.Layer) -> bool:
     return kind is layers.Activation and layer.activation is keras.activations.relu6
 
 
-def _is_scalable(layer: keras.layers.Layer) -> bool:
+def _is_scalable(layer: Any) -> bool:
     return (
         isinstance(layer, (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
         and layer.activation in _HOMOGENEOUS

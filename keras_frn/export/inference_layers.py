@@ -99,7 +99,7 @@ class Conv3D(layers.Conv3D):
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        if self.groups > 1 or not _is_flat(self, self.kernel_size, inputs):
+        if not _is_flat(self, self.kernel_size, inputs):
             return super().call(inputs)
         (depth, *sizes, channels), (kernel, *kernels) = inputs.shape[1:], self.kernel_size
         (stride, *strides), (dilation, *dilations) = self.strides, self.dilation_rate
@@ -117,9 +117,12 @@ class Conv3D(layers.Conv3D):
         for start in range(0, reach, dilation):
             block, row = start // stride, start % stride * sizes[0]
             parts.append(x[:, block : block + outputs, row : row + sizes[0]])
-        x = ops.reshape(ops.concatenate(parts, -1), (-1, *sizes, kernel * channels))
+        width = channels // self.groups
+        groups = [slice(i, i + width) for i in range(0, channels, width)]
+        x = ops.concatenate([part[..., group] for group in groups for part in parts], -1)
+        x = ops.reshape(x, (-1, *sizes, kernel * channels))
         weights = ops.transpose(self.kernel, (1, 2, 0, 3, 4))
-        weights = ops.reshape(weights, (*kernels, kernel * channels, self.filters))
+        weights = ops.reshape(weights, (*kernels, kernel * width, self.filters))
         x = ops.conv(x, weights, tuple(strides), self.padding, "channels_last", tuple(dilations))
         x = x if self.bias is None else x + ops.reshape(self.bias, (1, 1, 1, -1))
         return ops.reshape(self.activation(x), (-1, outputs, *x.shape[1:]))
@@ -201,8 +204,8 @@ class Normalization(layers.Layer):
     def __init__(self, source: FilterResponseNormalization) -> None:
         super().__init__(name=source.name, dtype="float32")
         self.supports_masking = True
-        self.axis = source.axis
         self.rank = rank_of(source)
+        self.axis = -1 if source.axis == self.rank - 1 else source.axis
         self.epsilon = epsilon_of(source)
         for name in ("gamma", "beta", "tau", "alpha"):
             weight = getattr(source, name, None)
@@ -213,11 +216,15 @@ class Normalization(layers.Layer):
     @property
     def is_channels_last(self) -> bool:
         """Whether the channels are the last axis."""
-        return self.axis in (-1, self.rank - 1)
+        return self.axis == -1
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None and (self.floor is not None or self.pooling is not None):
-            return self._normalize_in_steps(inputs)
+            if self.rank < 5 or None in inputs.shape[1:] or not self.is_channels_last:
+                return self._normalize_in_steps(inputs)
+            # TensorFlow's converter does not survive 16-bit volumes.
+            x = ops.reshape(inputs, (-1, 1, math.prod(inputs.shape[1:-1]), inputs.shape[-1]))
+            return ops.reshape(self._normalize_in_steps(x), (-1, *inputs.shape[1:]))
         options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
         y = frn_ops.filter_response_normalization(inputs, self.gamma, self.beta, **options)
         y = self._threshold(y)
@@ -227,32 +234,32 @@ class Normalization(layers.Layer):
         epsilon, gamma = self.epsilon, self.gamma
         if self.first_epsilon is not None:
             # With e1 and then e2 the result is x / sqrt((1 + e2) * nu2 + e1 * e2).
-            x = x * ops.rsqrt(self.mean_square(x) + self.align(self.first_epsilon))
+            x = x * ops.rsqrt(self.mean_square(x) + self.align(self.first_epsilon, x))
             epsilon = epsilon / (self.first_epsilon - epsilon)
             gamma = (1.0 if gamma is None else gamma) * np.sqrt(1 + epsilon)
         nu2 = self.mean_square(x)
         # An eighth of the floor is half a step of 8 bits.
         if self.floor is None or np.max(epsilon) > self.floor / 8:
-            nu2 = nu2 + self.align(epsilon)
+            nu2 = nu2 + self.align(epsilon, x)
         if self.floor is not None:
-            nu2 = ops.maximum(nu2, self.align(self.floor))
+            nu2 = ops.maximum(nu2, self.align(self.floor, x))
         scale = ops.rsqrt(nu2)
-        scale = scale if gamma is None else scale * self.align(gamma)
+        scale = scale if gamma is None else scale * self.align(gamma, x)
         y = (x if self.pooling is None else self.pooling(x)) * scale
-        return self._threshold(y if self.beta is None else y + self.align(self.beta))
+        return self._threshold(y if self.beta is None else y + self.align(self.beta, x))
 
     def _threshold(self, y: Tensor) -> Tensor:
         return y if self.tau is None else frn_ops.tlu(y, self.tau, self.alpha, axis=self.axis)
 
     def mean_square(self, x: Tensor) -> Tensor:
         """The mean square of an input per sample and channel, of the input's rank."""
-        axes = [axis for axis in range(1, self.rank) if axis != self.axis % self.rank]
+        axes = [axis for axis in range(1, len(x.shape)) if axis != self.axis % len(x.shape)]
         return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
 
-    def align(self, value: Any) -> Array:
-        """A constant of the input's rank, as converters want it."""
+    def align(self, value: Any, x: Tensor) -> Array:
+        """A constant of the rank of `x`, as converters want it."""
         value = np.asarray(value, "float32").reshape(-1)
-        shape = [1] * self.rank
+        shape = [1] * len(x.shape)
         shape[self.axis] = value.size
         return value.reshape(shape)
 

@@ -26,6 +26,8 @@ class Scheme:
     quantizer_operators: tuple[str, ...] = ()
     # Whether every operator shall be in integers.
     is_integer: bool = False
+    # The least number that a constant may be: epsilon becomes 0 below it.
+    least_epsilon: float = 0.0
     # The least mean square that the integers tell from zero, as a fraction of a layer's largest.
     floor: float | None = None
 
@@ -38,7 +40,7 @@ class Scheme:
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
 PRESETS: dict[Preset | None, Scheme] = {
     None: Scheme(bound=1e-4, is_optimized=False),
-    "float16": Scheme(bound=0.01, weights="float16"),
+    "float16": Scheme(bound=0.01, weights="float16", least_epsilon=2**-14),
     "dynamic": Scheme(bound=0.1),
     "int8": Scheme(
         bound=0.2,

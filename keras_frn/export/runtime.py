@@ -66,10 +66,25 @@ class LiteRT:
         inputs = {name: _quantize(a, details[name]) for name, a in zip(names, arrays)}
         with _litert_errors():
             outputs = self._runner(**inputs)
+        return [_dequantize(outputs[name], d) for name, d in self._list_outputs()]
+
+    def _list_outputs(self) -> list[tuple[str, Mapping[str, Any]]]:
         details = self._runner.get_output_details()
         # Names of the converter's are numbered: output_2 comes before output_10.
-        key = (lambda name: (len(name), name)) if "output_0" in outputs else None
-        return [_dequantize(outputs[name], details[name]) for name in sorted(outputs, key=key)]
+        key = (lambda name: (len(name), name)) if "output_0" in details else None
+        return [(name, details[name]) for name in sorted(details, key=key)]
+
+    def find_reused_outputs(self) -> dict[int, int]:
+        """The outputs that are also read inside or that are one tensor, by number, and how many
+        before it are the same tensor."""
+        indices = [detail["index"] for _, detail in self._list_outputs()]
+        used = {int(i) for op in self.list_operators() for i in op["inputs"]}
+        used |= {detail["index"] for detail in self.interpreter.get_input_details()}
+        return {
+            i: indices[:i].count(tensor)
+            for i, tensor in enumerate(indices)
+            if tensor in used or indices.count(tensor) > 1
+        }
 
     def allocate(self) -> None:
         """Prepares a file that was not called."""
