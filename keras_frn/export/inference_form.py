@@ -264,10 +264,10 @@ def _is_relu6(layer: keras.layers.Layer) -> bool:
     return kind is layers.Activation and layer.activation is keras.activations.relu6
 
 
-def _is_scalable(layer: Any) -> bool:
+def _is_scalable(layer: keras.layers.Layer) -> bool:
     return (
         isinstance(layer, (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
-        and layer.activation in _HOMOGENEOUS
+        and getattr(layer, "activation", None) in _HOMOGENEOUS
         and is_channels_last(layer)
         and _has_plain_kernel(layer)
     )
