@@ -203,9 +203,9 @@ def test_volumes_are_quantized(preset, tmp_path, rng):
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
     assert not report.in_float
     assert not any("3D" in name for name in report.operators)
-    # 18 thousand weights: half of them or a quarter, and the operators.
+    # 18 thousand weights: half of them or a quarter, and some 20 kB of operators.
     parts = {None: 5, "float16": 3}
-    assert report.size < 18e3 * parts.get(preset, 2) + 5e3
+    assert report.size < 18e3 * parts.get(preset, 2) + 8e3
 
 
 @pytest.mark.parametrize("layer", [layers.Conv3D, layers.Conv3DTranspose])
