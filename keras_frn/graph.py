@@ -341,7 +341,15 @@ def copy_layer(
         return keras.layers.Lambda(
             layer.function, mask=layer.mask, arguments=layer.arguments, **options
         )
-    return (layer_class or type(layer)).from_config(config)
+    made_by = layer_class or type(layer)
+    try:
+        return made_by.from_config(config)
+    except TypeError:
+        # Some layers write what their constructors do not know.
+        known = {x for c in made_by.__mro__ for x in inspect.signature(c.__init__).parameters}
+        if known.issuperset(config):
+            raise
+        return made_by.from_config({key: config[key] for key in config if key in known})
 
 
 def copy_weights(layer: Any, copy: Any) -> None:

@@ -112,3 +112,19 @@ def test_a_replaced_call_is_of_one_layer(rng):
     graph.replace_call(one, lambda x: x)
     close(keras.ops.convert_to_numpy(one(x)), x, 0)
     close(keras.ops.convert_to_numpy(other(x)), np.maximum(x, 0), 0)
+
+
+class WritesTooMuch(layers.Layer):
+    """Its config has a key that its constructor does not know."""
+
+    def __init__(self, factor, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor, "unknown": 1}
+
+
+def test_a_layer_is_copied_that_writes_more_than_its_constructor_knows():
+    copy = graph.copy_layer(WritesTooMuch(3, name="x"))
+    assert (type(copy), copy.factor, copy.name) == (WritesTooMuch, 3, "x")
