@@ -30,6 +30,9 @@ def holds_batch_normalization(layer: Any) -> bool:
 def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
     """Copies a model, with nested models in place of layers that hold BatchNormalization.
 
+    Layers that hold others and that no file could give back, as their constructors do not take
+    their config, are opened, too.
+
     A layer is opened by tracing the `call` of a copy, and only if the result has the same weights
     and gives the same. Returns the model itself if there is nothing to open, and a dict from the
     names of the layers that stay closed to the reason.
@@ -38,7 +41,9 @@ def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
     opened: dict[Any, keras.Model] = {}
     closed: dict[str, str] = {}
     for layer in dict.fromkeys(call.layer for call in wiring.calls):
-        if not holds_batch_normalization(layer) or isinstance(layer, keras.layers.TimeDistributed):
+        holds = holds_batch_normalization(layer)
+        is_distributed = isinstance(layer, keras.layers.TimeDistributed)
+        if is_distributed or (not holds and _is_readable(layer)):
             continue
         try:
             opened[layer] = _open(layer, wiring.calls_of(layer))
@@ -54,6 +59,17 @@ def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
     # What was inside may hold more of them.
     result, more = open_layers(result)
     return result, closed | more
+
+
+def _is_readable(layer: Any) -> bool:
+    """Whether a layer can be made from its config, as a file does it."""
+    if graph.is_graph(layer) or not isinstance(layer, keras.Layer) or not graph.list_layers(layer):
+        return True
+    try:
+        type(layer).from_config(layer.get_config())
+    except TypeError:
+        return False
+    return True
 
 
 class _StaysClosedError(Exception):
