@@ -1,10 +1,11 @@
 """The three layers: weights and config. The mathematics is in `ops`."""
 
 import math
-import numbers
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,12 +13,14 @@ from keras import constraints, initializers, ops, regularizers
 
 from .compilation import run
 from .ops import (
-    cast,
+    canonicalize_axis,
     filter_response_normalization,
     filter_response_normalization_tlu,
-    sorted_axes,
     tlu,
 )
+from .typing import Constraint, Epsilon, Initializer, LearnedEpsilon, Regularizer, Shape, Tensor
+
+__all__ = ["TLU", "FilterResponseNormalization", "FilterResponseNormalizationTLU"]
 
 # The learned epsilon starts here, as in the paper.
 _START_OF_EPSILON = 1e-4
@@ -25,7 +28,7 @@ _START_OF_EPSILON = 1e-4
 
 @keras.saving.register_keras_serializable(package="keras_frn")
 class FilterResponseNormalization(keras.layers.Layer):
-    """Filter Response Normalization (FRN), in the place of BatchNormalization.
+    """Filter Response Normalization (FRN), a replacement for BatchNormalization.
 
     ```
     nu2 = mean(x * x)          over the spatial positions of one sample and channel
@@ -34,12 +37,11 @@ class FilterResponseNormalization(keras.layers.Layer):
 
     There are no batch statistics: training and inference compute the same function, and a sample's
     result does not depend on the others. Follow it with `TLU`: the mean is not subtracted, so the
-    threshold has to be learned. Where there is one spatial position (dense features, 1x1 maps), use
-    `learned_epsilon=True`: with a small constant epsilon the output is the sign of x.
+    threshold has to be learned. If there is one spatial position (dense features, 1x1 maps), use
+    `learned_epsilon=True`: with a small constant epsilon the output is close to sign(x).
 
-    Shape:
-        Input and output: `(batch, *spatial, channels)`, or `(batch, channels, *spatial)` with
-        `axis=1`. Spatial sizes may be unknown and may change from call to call.
+    The weights are, in this order, `gamma (channels,)`, `beta (channels,)` and `learned_epsilon
+    (1,)` or `(channels,)`; an attribute is None if the layer has no such weight.
 
     Args:
         axis: Int, the channel axis, as in `keras.layers.BatchNormalization`. Defaults to -1.
@@ -49,11 +51,16 @@ class FilterResponseNormalization(keras.layers.Layer):
             `"per_channel"`. Defaults to False.
         center: Whether to add the offset `beta`. Defaults to True.
         scale: Whether to multiply by the scale `gamma`. Defaults to True.
-        beta_initializer: Defaults to `"zeros"`.
-        gamma_initializer: Defaults to `"ones"`.
-        learned_epsilon_initializer: Defaults to `Constant(1e-4)`. At exactly 0 it would stay there.
-        beta_regularizer, gamma_regularizer, learned_epsilon_regularizer: Default to None.
-        beta_constraint, gamma_constraint, learned_epsilon_constraint: Default to None.
+        beta_initializer: Initializer of the offset. Defaults to `"zeros"`.
+        gamma_initializer: Initializer of the scale. Defaults to `"ones"`.
+        learned_epsilon_initializer: Initializer of the learned epsilon. It must not give 0, where
+            the gradient of |x| is 0. Defaults to None, `Constant(1e-4)`.
+        beta_regularizer: Regularizer of the offset. Defaults to None.
+        gamma_regularizer: Regularizer of the scale. Defaults to None.
+        learned_epsilon_regularizer: Regularizer of the learned epsilon. Defaults to None.
+        beta_constraint: Constraint of the offset. Defaults to None.
+        gamma_constraint: Constraint of the scale. Defaults to None.
+        learned_epsilon_constraint: Constraint of the learned epsilon. Defaults to None.
         jit_compile: None and False add nothing: `model.compile(jit_compile=...)` covers the layer.
             True compiles this layer alone, by XLA or, on PyTorch, by `torch.compile`; in eager mode
             all layers of the same shape and options share a program. Defaults to None.
@@ -62,11 +69,15 @@ class FilterResponseNormalization(keras.layers.Layer):
 
     Call arguments:
         inputs: Float or integer tensor.
-        mask: Booleans, the shape of the input without the channel axis or a leading part of it.
-            Positions where it is False do not count in the mean. The mask passes on.
+        mask: Booleans, of the shape of the input without the channel axis or a leading part of it.
+            Positions with False do not count in the mean. The mask passes on.
 
-    Weights, in this order: `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)` or
-    `(channels,)`; an attribute is None where the layer has no such weight.
+    Input shape:
+        `(batch, *spatial, channels)`, or `(batch, channels, *spatial)` with `axis=1`. Spatial sizes
+        may be unknown and may change from call to call.
+
+    Output shape:
+        The same as the input.
 
     Raises:
         ValueError: if an argument is out of its range, or, when the layer is built, if the input
@@ -74,45 +85,46 @@ class FilterResponseNormalization(keras.layers.Layer):
 
     Example:
 
-    >>> layer = keras_frn.FilterResponseNormalization()
-    >>> y = layer(np.ones((2, 32, 32, 16)))
+    ```python
+    layer = keras_frn.FilterResponseNormalization()
+    y = layer(np.ones((2, 32, 32, 16)))
+    ```
 
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
-    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    Reference:
+        [Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the
+        Training of Deep Neural Networks", CVPR 2020](https://arxiv.org/abs/1911.09737)
+    """
 
     def __init__(
         self,
-        axis=-1,
+        axis: int = -1,
         *,
-        epsilon=1e-6,
-        learned_epsilon=False,
-        center=True,
-        scale=True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        learned_epsilon_initializer=None,
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        learned_epsilon_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        learned_epsilon_constraint=None,
-        jit_compile=None,
-        **kwargs,
-    ):
+        epsilon: Epsilon = 1e-6,
+        learned_epsilon: LearnedEpsilon = False,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        learned_epsilon_initializer: Initializer | None = None,
+        beta_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        learned_epsilon_regularizer: Regularizer = None,
+        beta_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        learned_epsilon_constraint: Constraint = None,
+        jit_compile: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         # Inputs above the largest half-precision number must reach `call` unharmed.
         self.autocast = False
         self.supports_masking = True
-        self.supports_jit = True
-        self.axis = _checked_axis(axis)
-        self.use_learned_epsilon = _one_of(
-            "learned_epsilon", learned_epsilon, (False, True, "per_channel")
-        )
-        self.epsilon = _checked_epsilon(epsilon, learned_epsilon)
-        self.center = center
-        self.scale = scale
-        self.jit_compile = _one_of("jit_compile", jit_compile, (None, False, True))
+        (self.axis,) = canonicalize_axis(axis, None)
+        self.use_learned_epsilon = _check_flag("learned_epsilon", learned_epsilon, "per_channel")
+        self.epsilon = _check_epsilon(epsilon, bool(self.use_learned_epsilon))
+        self.center = _check_flag("center", center)
+        self.scale = _check_flag("scale", scale)
+        self.jit_compile = _check_flag("jit_compile", jit_compile, None)
         if learned_epsilon_initializer is None:
             learned_epsilon_initializer = initializers.Constant(_START_OF_EPSILON)
         self.beta_initializer = initializers.get(beta_initializer)
@@ -128,8 +140,8 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.beta = None
         self.learned_epsilon = None
 
-    def build(self, input_shape):
-        (axis,), channels = _axes_and_sizes(self, input_shape)
+    def build(self, input_shape: Shape) -> None:
+        (axis,), channels = _find_sizes(self, input_shape)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes={axis: channels[0]})
         _check_epsilon_fits(self, input_shape)
         if self.scale:
@@ -140,28 +152,35 @@ class FilterResponseNormalization(keras.layers.Layer):
             shape = channels if self.use_learned_epsilon == "per_channel" else (1,)
             self.learned_epsilon = _add_weight(self, "learned_epsilon", shape)
 
-    def call(self, inputs, mask=None):
-        weights = {"gamma": self.gamma, "beta": self.beta, "epsilon": self._epsilon()}
-        return _apply(self, filter_response_normalization, inputs, mask=mask, **weights)
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _call(
+            self,
+            filter_response_normalization,
+            inputs,
+            mask=np.asarray(mask) if isinstance(mask, (list, tuple)) else mask,
+            gamma=self.gamma,
+            beta=self.beta,
+            epsilon=self._sum_epsilon(),
+        )
 
-    def _epsilon(self):
-        if not self.use_learned_epsilon:
+    def _sum_epsilon(self) -> Tensor:
+        if self.learned_epsilon is None:
             return self.epsilon
-        dtype = _statistics_dtype(self)
+        dtype = "float64" if self.compute_dtype == "float64" else "float32"
         learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
         return learned + ops.convert_to_tensor(self.epsilon, dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             "axis": self.axis,
             "epsilon": list(self.epsilon) if isinstance(self.epsilon, tuple) else self.epsilon,
             "learned_epsilon": self.use_learned_epsilon,
             "center": self.center,
             "scale": self.scale,
-            **_weight_config(self, ("beta", "gamma", "learned_epsilon")),
+            **_serialize_weights(self, ("beta", "gamma", "learned_epsilon")),
             "jit_compile": self.jit_compile,
         }
         return {**super().get_config(), **config}
@@ -177,21 +196,31 @@ class TLU(keras.layers.Layer):
 
     The result is the maximum to the last bit, for every tau.
 
-    Shape:
-        Input and output: any shape of rank 2 or more. Sizes along `axis` must be known.
+    The weights are, in this order, `tau` and `alpha`, of the input's sizes along `axis`, axes in
+    ascending order; `alpha` is None without `affine`.
 
     Args:
         axis: Int or tuple, the axes along which tau varies (`keras.layers.PReLU(shared_axes=...)`
             names the others). -1 gives one threshold per channel, as in the paper; `(1, 2, 3)` one
             per position of an image. Defaults to -1.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
-        tau_initializer, alpha_initializer: Default to `"zeros"`.
-        tau_regularizer, alpha_regularizer, tau_constraint, alpha_constraint: Default to None.
+        tau_initializer: Initializer of the threshold. Defaults to `"zeros"`.
+        alpha_initializer: Initializer of the slope. Defaults to `"zeros"`.
+        tau_regularizer: Regularizer of the threshold. Defaults to None.
+        alpha_regularizer: Regularizer of the slope. Defaults to None.
+        tau_constraint: Constraint of the threshold. Defaults to None.
+        alpha_constraint: Constraint of the slope. Defaults to None.
         jit_compile: As in `FilterResponseNormalization`. Defaults to None.
         **kwargs: `name`, `dtype`, `trainable`.
 
-    Weights, in this order: `tau`, `alpha`, of the input's sizes along `axis`, axes in ascending
-    order; `alpha` is None without `affine`.
+    Call arguments:
+        inputs: Float or integer tensor.
+
+    Input shape:
+        Any shape of rank 2 or more. Sizes along `axis` must be known.
+
+    Output shape:
+        The same as the input.
 
     Raises:
         ValueError: if an argument is out of its range, or, when the layer is built, if `axis` names
@@ -199,33 +228,38 @@ class TLU(keras.layers.Layer):
 
     Example:
 
-    >>> layer = keras_frn.TLU(tau_initializer=keras.initializers.Constant(-1.0))
-    >>> z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]
+    ```python
+    layer = keras_frn.TLU(tau_initializer=keras.initializers.Constant(-1.0))
+    z = layer(np.array([[-2.0, 3.0]]))  # [[-1.0, 3.0]]
+    ```
 
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
-    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    Reference:
+        [Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the
+        Training of Deep Neural Networks", CVPR 2020](https://arxiv.org/abs/1911.09737)
+    """
 
     def __init__(
         self,
-        axis=-1,
+        axis: int | tuple[int, ...] = -1,
         *,
-        affine=False,
-        tau_initializer="zeros",
-        alpha_initializer="zeros",
-        tau_regularizer=None,
-        alpha_regularizer=None,
-        tau_constraint=None,
-        alpha_constraint=None,
-        jit_compile=None,
-        **kwargs,
-    ):
+        affine: bool = False,
+        tau_initializer: Initializer = "zeros",
+        alpha_initializer: Initializer = "zeros",
+        tau_regularizer: Regularizer = None,
+        alpha_regularizer: Regularizer = None,
+        tau_constraint: Constraint = None,
+        alpha_constraint: Constraint = None,
+        jit_compile: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        axis = kwargs.pop(_AXES, axis)
         super().__init__(**kwargs)
         self.autocast = False
         self.supports_masking = True
-        self.supports_jit = True
-        self.axis = _checked_axis(axis, several=True)
-        self.affine = affine
-        self.jit_compile = _one_of("jit_compile", jit_compile, (None, False, True))
+        axes = canonicalize_axis(axis, None, several=True)
+        self.axis = axes if isinstance(axis, (list, tuple)) else axes[0]
+        self.affine = _check_flag("affine", affine)
+        self.jit_compile = _check_flag("jit_compile", jit_compile, None)
         self.tau_initializer = initializers.get(tau_initializer)
         self.alpha_initializer = initializers.get(alpha_initializer)
         self.tau_regularizer = regularizers.get(tau_regularizer)
@@ -235,37 +269,29 @@ class TLU(keras.layers.Layer):
         self.tau = None
         self.alpha = None
 
-    def build(self, input_shape):
-        axes, sizes = _axes_and_sizes(self, input_shape)
+    def build(self, input_shape: Shape) -> None:
+        axes, sizes = _find_sizes(self, input_shape)
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=dict(zip(axes, sizes)))
         self.tau = _add_weight(self, "tau", sizes)
         if self.affine:
             self.alpha = _add_weight(self, "alpha", sizes)
 
-    def call(self, inputs):
-        return _apply(self, tlu, inputs, tau=self.tau, alpha=self.alpha)
+    def call(self, inputs: Tensor) -> Tensor:
+        return _call(self, tlu, inputs, tau=self.tau, alpha=self.alpha)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = {
             "axis": self.axis,
             "affine": self.affine,
-            **_weight_config(self, ("tau", "alpha")),
+            **_serialize_weights(self, ("tau", "alpha")),
             "jit_compile": self.jit_compile,
         }
         if isinstance(self.axis, tuple):
             config[_AXES] = self.axis
         return {**super().get_config(), **config}
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        axes = config.pop(_AXES, None)
-        if axes is not None:
-            config["axis"] = axes
-        return super().from_config(config)
 
 
 # Keras drops `axis` from the config of a layer in an .h5 file unless it is one number.
@@ -282,50 +308,107 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
     z   = max(y, tau)          or, with affine=True, z = max(y, alpha * y + tau)
     ```
 
-    Equal to `FilterResponseNormalization` followed by `TLU`, in half as many layers.
-
-    Shape:
-        Input and output: as in `FilterResponseNormalization`.
+    Equal to `FilterResponseNormalization` followed by `TLU`, in half as many layers. The weights
+    are, in this order, `gamma`, `beta`, `learned_epsilon`, `tau (channels,)` and `alpha
+    (channels,)`; an attribute is None if the layer has no such weight.
 
     Args:
         axis: Int, the channel axis. Defaults to -1.
+        epsilon: As in `FilterResponseNormalization`. Defaults to 1e-6.
+        learned_epsilon: As in `FilterResponseNormalization`. Defaults to False.
+        center: Whether to add the offset `beta`. Defaults to True.
+        scale: Whether to multiply by the scale `gamma`. Defaults to True.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
-        tau_initializer, alpha_initializer: Default to `"zeros"`.
-        tau_regularizer, alpha_regularizer, tau_constraint, alpha_constraint: Default to None.
-        **kwargs: As in `FilterResponseNormalization`: `epsilon`, `learned_epsilon`, `center`,
-            `scale`, initializers, regularizers and constraints, `jit_compile`, `name`, `dtype`.
+        beta_initializer: Initializer of the offset. Defaults to `"zeros"`.
+        gamma_initializer: Initializer of the scale. Defaults to `"ones"`.
+        learned_epsilon_initializer: Initializer of the learned epsilon. Defaults to None,
+            `Constant(1e-4)`.
+        tau_initializer: Initializer of the threshold. Defaults to `"zeros"`.
+        alpha_initializer: Initializer of the slope. Defaults to `"zeros"`.
+        beta_regularizer: Regularizer of the offset. Defaults to None.
+        gamma_regularizer: Regularizer of the scale. Defaults to None.
+        learned_epsilon_regularizer: Regularizer of the learned epsilon. Defaults to None.
+        tau_regularizer: Regularizer of the threshold. Defaults to None.
+        alpha_regularizer: Regularizer of the slope. Defaults to None.
+        beta_constraint: Constraint of the offset. Defaults to None.
+        gamma_constraint: Constraint of the scale. Defaults to None.
+        learned_epsilon_constraint: Constraint of the learned epsilon. Defaults to None.
+        tau_constraint: Constraint of the threshold. Defaults to None.
+        alpha_constraint: Constraint of the slope. Defaults to None.
+        jit_compile: As in `FilterResponseNormalization`. Defaults to None.
+        **kwargs: `name`, `dtype`, `trainable`.
 
-    Call arguments: as in `FilterResponseNormalization`.
+    Call arguments:
+        inputs: Float or integer tensor.
+        mask: As in `FilterResponseNormalization`.
 
-    Weights, in this order: `gamma`, `beta`, `learned_epsilon`, `tau (channels,)`, `alpha
-    (channels,)`; an attribute is None where the layer has no such weight.
+    Input shape:
+        As in `FilterResponseNormalization`.
+
+    Output shape:
+        The same as the input.
 
     Raises:
         ValueError: as in `FilterResponseNormalization`.
 
     Example:
 
-    >>> layer = keras_frn.FilterResponseNormalizationTLU(learned_epsilon=True)
-    >>> z = layer(np.ones((2, 32, 32, 16)))
+    ```python
+    layer = keras_frn.FilterResponseNormalizationTLU(learned_epsilon=True)
+    z = layer(np.ones((2, 32, 32, 16)))
+    ```
 
-    Reference: Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence
-    in the Training of Deep Neural Networks", CVPR 2020, https://arxiv.org/abs/1911.09737."""
+    Reference:
+        [Singh & Krishnan, "Filter Response Normalization Layer: Eliminating Batch Dependence in the
+        Training of Deep Neural Networks", CVPR 2020](https://arxiv.org/abs/1911.09737)
+    """
 
     def __init__(
         self,
-        axis=-1,
+        axis: int = -1,
         *,
-        affine=False,
-        tau_initializer="zeros",
-        alpha_initializer="zeros",
-        tau_regularizer=None,
-        alpha_regularizer=None,
-        tau_constraint=None,
-        alpha_constraint=None,
-        **kwargs,
-    ):
-        super().__init__(axis, **kwargs)
-        self.affine = affine
+        epsilon: Epsilon = 1e-6,
+        learned_epsilon: LearnedEpsilon = False,
+        center: bool = True,
+        scale: bool = True,
+        affine: bool = False,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        learned_epsilon_initializer: Initializer | None = None,
+        tau_initializer: Initializer = "zeros",
+        alpha_initializer: Initializer = "zeros",
+        beta_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        learned_epsilon_regularizer: Regularizer = None,
+        tau_regularizer: Regularizer = None,
+        alpha_regularizer: Regularizer = None,
+        beta_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        learned_epsilon_constraint: Constraint = None,
+        tau_constraint: Constraint = None,
+        alpha_constraint: Constraint = None,
+        jit_compile: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            axis,
+            epsilon=epsilon,
+            learned_epsilon=learned_epsilon,
+            center=center,
+            scale=scale,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            learned_epsilon_initializer=learned_epsilon_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            learned_epsilon_regularizer=learned_epsilon_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            learned_epsilon_constraint=learned_epsilon_constraint,
+            jit_compile=jit_compile,
+            **kwargs,
+        )
+        self.affine = _check_flag("affine", affine)
         self.tau_initializer = initializers.get(tau_initializer)
         self.alpha_initializer = initializers.get(alpha_initializer)
         self.tau_regularizer = regularizers.get(tau_regularizer)
@@ -335,24 +418,32 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         self.tau = None
         self.alpha = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         channels = (input_shape[self.axis],)
         self.tau = _add_weight(self, "tau", channels)
         if self.affine:
             self.alpha = _add_weight(self, "alpha", channels)
 
-    def call(self, inputs, mask=None):
-        weights = {"gamma": self.gamma, "beta": self.beta, "epsilon": self._epsilon()}
-        weights |= {"tau": self.tau, "alpha": self.alpha}
-        return _apply(self, filter_response_normalization_tlu, inputs, mask=mask, **weights)
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        return _call(
+            self,
+            filter_response_normalization_tlu,
+            inputs,
+            mask=np.asarray(mask) if isinstance(mask, (list, tuple)) else mask,
+            gamma=self.gamma,
+            beta=self.beta,
+            epsilon=self._sum_epsilon(),
+            tau=self.tau,
+            alpha=self.alpha,
+        )
 
-    def get_config(self):
-        config = {"affine": self.affine, **_weight_config(self, ("tau", "alpha"))}
+    def get_config(self) -> dict[str, Any]:
+        config = {"affine": self.affine, **_serialize_weights(self, ("tau", "alpha"))}
         return {**super().get_config(), **config}
 
 
-def epsilon_of(layer):
+def epsilon_of(layer: FilterResponseNormalization) -> Any:
     """All that an FRN layer adds to the mean square, an array in float64."""
     epsilon = np.asarray(layer.epsilon, "float64")
     if layer.learned_epsilon is None:
@@ -360,28 +451,20 @@ def epsilon_of(layer):
     return epsilon + np.abs(ops.convert_to_numpy(layer.learned_epsilon))
 
 
-def _apply(layer, op, inputs, **arguments):
+def _call(
+    layer: Any, op: Callable[..., Tensor], inputs: Tensor, **arguments: Tensor | None
+) -> Tensor:
     """Calls an op on the inputs and the layer's weights, under the layer's settings."""
     if not layer.built:
         raise ValueError(
             f"Layer {layer.name!r} must be built before `call`. Received: a call without weights. "
             "Call the layer itself, `layer(inputs)`, which builds it."
         )
-    if isinstance(arguments.get("mask"), (list, tuple)):
-        arguments["mask"] = np.asarray(arguments["mask"])
-    dtype = _statistics_dtype(layer)
-    if keras.backend.standardize_dtype(inputs.dtype) != layer.compute_dtype:
-        # Half precision is cast by the op, where a compiler keeps what it casts out of memory.
-        inputs = ops.cast(inputs, dtype)
-    z = run(op, {"x": inputs, "axis": layer.axis, **arguments}, layer.jit_compile)
-    return cast(z, layer.compute_dtype)
+    arguments |= {"x": inputs, "axis": layer.axis, "dtype": layer.compute_dtype}
+    return run(op, arguments) if layer.jit_compile else op(**arguments)
 
 
-def _statistics_dtype(layer):
-    return "float64" if layer.compute_dtype == "float64" else "float32"
-
-
-def _add_weight(layer, name, shape):
+def _add_weight(layer: Any, name: str, shape: Shape) -> Any:
     return layer.add_weight(
         name=name,
         shape=shape,
@@ -392,7 +475,7 @@ def _add_weight(layer, name, shape):
     )
 
 
-def _weight_config(layer, names):
+def _serialize_weights(layer: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {
         f"{name}_{kind}": module.serialize(getattr(layer, f"{name}_{kind}"))
         for kind, module in (
@@ -404,31 +487,19 @@ def _weight_config(layer, names):
     }
 
 
-def _checked_axis(axis, several=False):
-    is_several = isinstance(axis, (list, tuple))
-    axes = tuple(axis) if is_several else (axis,)
-    integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
-    too_many = is_several and not several
-    if not axes or not integers or too_many or 0 in axes or len(set(axes)) != len(axes):
-        kinds = "an int or a tuple of different ints" if several else "one int, the channel axis"
-        raise ValueError(
-            f"`axis` must be {kinds}, without 0, the batch axis. Received: axis={axis!r}. Use -1 "
-            "for the channels of channels-last data and 1 for channels-first. (TensorFlow Addons' "
-            "`axis=[1, 2]` named the spatial axes.)"
-        )
-    return tuple(map(int, axes)) if is_several else int(axis)
+def _check_flag(name: str, value: Any, *others: str | None) -> Any:
+    """A bool, of NumPy too, or one of some other values."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if (value is None or isinstance(value, str)) and value in others:
+        return value
+    raise ValueError(
+        f"`{name}` must be one of {(False, True, *others)}. Received: {name}={value!r}. Pass a "
+        "bool."
+    )
 
 
-def _one_of(name, value, choices):
-    if not any(value is choice or choice == value == "per_channel" for choice in choices):
-        raise ValueError(
-            f"`{name}` must be one of {choices}. Received: {name}={value!r}. Leave it out for "
-            f"{choices[0]}."
-        )
-    return value
-
-
-def _checked_epsilon(epsilon, learned):
+def _check_epsilon(epsilon: Any, learned: bool) -> float | tuple[float, ...]:
     """A float or a tuple of floats."""
     try:
         values = np.asarray(epsilon, "float64")
@@ -443,9 +514,9 @@ def _checked_epsilon(epsilon, learned):
     return tuple(values.tolist()) if values.ndim else float(values)
 
 
-def _axes_and_sizes(layer, input_shape):
+def _find_sizes(layer: Any, input_shape: Shape) -> tuple[tuple[int, ...], Shape]:
     """The layer's axes, ascending and not negative, and the input's sizes along them."""
-    axes = sorted_axes(layer.axis, input_shape)
+    axes = canonicalize_axis(layer.axis, input_shape, several=True)
     sizes = tuple(input_shape[axis] for axis in axes)
     if None in sizes:
         raise ValueError(
@@ -456,7 +527,7 @@ def _axes_and_sizes(layer, input_shape):
     return axes, sizes
 
 
-def _check_epsilon_fits(layer, input_shape):
+def _check_epsilon_fits(layer: Any, input_shape: Shape) -> None:
     """Checks the constant epsilon against the channels, the dtype and the number of positions."""
     channel = layer.axis % len(input_shape)
     channels = input_shape[channel]
@@ -467,7 +538,7 @@ def _check_epsilon_fits(layer, input_shape):
         )
     if layer.use_learned_epsilon:
         return
-    dtype = _statistics_dtype(layer)
+    dtype = "float64" if layer.compute_dtype == "float64" else "float32"
     if np.any(np.asarray(layer.epsilon, dtype) == 0):
         raise ValueError(
             f"`epsilon` must be above 0 in {dtype}. Received: epsilon={layer.epsilon!r}, which "
@@ -479,14 +550,14 @@ def _check_epsilon_fits(layer, input_shape):
             f"Layer {layer.name!r} normalizes single positions with a constant epsilon of "
             f"{layer.epsilon}: its output is close to the sign of its input and its gradient "
             "close to 0. Use `learned_epsilon=True`, as the paper does, or a larger epsilon.",
-            stacklevel=_level_of_the_user(),
+            stacklevel=_find_user_level(),
         )
 
 
-def _level_of_the_user():
+def _find_user_level() -> int:
     """How many calls above the caller the first line outside of Keras and this package is."""
     inside = tuple(os.path.dirname(file) + os.sep for file in (keras.__file__, __file__))
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+    while frame.f_back and frame.f_code.co_filename.startswith(inside):
         level, frame = level + 1, frame.f_back
     return level

@@ -1,14 +1,28 @@
 """The formulas, on `keras.ops`: pure functions of their arguments, on any backend."""
 
+import numbers
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
 
 from .gradients import maximum, mean_square, where
+from .typing import Shape, Tensor
+
+__all__ = ["filter_response_normalization", "filter_response_normalization_tlu", "tlu"]
 
 
-def filter_response_normalization(x, gamma=None, beta=None, axis=-1, epsilon=1e-6, mask=None):
-    """Filter Response Normalization of each channel of each sample.
+def filter_response_normalization(
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    axis: int = -1,
+    epsilon: Tensor = 1e-6,
+    mask: Tensor | None = None,
+    dtype: str | None = None,
+) -> Tensor:
+    """Normalizes each channel of each sample by its root mean square.
 
     ```
     nu2 = mean(x * x)                              over the spatial positions
@@ -17,109 +31,142 @@ def filter_response_normalization(x, gamma=None, beta=None, axis=-1, epsilon=1e-
 
     Half precision is computed in float32. Squares overflow float32 above `|x| = 1.8e19`.
 
-    Shape: `x` is `(batch, *spatial, channels)` or, with `axis=1`, `(batch, channels, *spatial)`, of
-    rank 2 or more. The output has the same shape.
-
     Args:
-        x: Float or integer tensor.
+        x: Float or integer tensor of rank 2 or more: `(batch, *spatial, channels)` or, with
+            `axis=1`, `(batch, channels, *spatial)`.
         gamma: Scale, `(channels,)`, or None for 1. Defaults to None.
         beta: Offset, `(channels,)`, or None for 0. Defaults to None.
         axis: Int, the channel axis. Defaults to -1.
         epsilon: Added to the mean square: a float, or a sequence or tensor of one element or of one
             per channel. Defaults to 1e-6.
-        mask: True where a position counts in the mean; its shape is that of `x` without the channel
-            axis, or a leading part of it. Other positions are normalized, too. Defaults to None.
+        mask: True at the positions that count in the mean; its shape is that of `x` without the
+            channel axis, or a leading part of it. Other positions are normalized, too. Defaults to
+            None.
+        dtype: Dtype of the result. Defaults to None, x's dtype (`keras.config.floatx()` for
+            integers).
 
     Returns:
-        A tensor of x's shape and dtype (`keras.config.floatx()` for integers).
+        A tensor of x's shape.
 
     Raises:
-        ValueError: if there is no spatial position, `axis` is the batch axis or none of `x`, or the
-            shape of a parameter or of `mask` does not fit that of `x`.
+        ValueError: if there is no spatial position, `axis` is the batch axis or not an axis of `x`,
+            or the shape of a parameter or of `mask` does not fit that of `x`.
 
     Example:
 
-    >>> x = np.array([[[3.0], [4.0]]])  # one sample, two positions, one channel
-    >>> y = keras_frn.ops.filter_response_normalization(x)  # x / sqrt(12.5)
+    ```python
+    x = np.array([[[3.0], [4.0]]])  # one sample, two positions, one channel
+    y = keras_frn.ops.filter_response_normalization(x)  # x / sqrt(12.5)
+    ```
 
-    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
-    x, dtype = _in_statistics_dtype(x)
-    axis = _channel_axis(axis, x.shape)
-    return cast(_normalized(x, gamma, beta, axis, epsilon, mask), dtype)
+    Reference:
+        [Singh & Krishnan, CVPR 2020](https://arxiv.org/abs/1911.09737)
+    """
+    x, dtype = _widen(x, dtype)
+    (axis,) = canonicalize_axis(axis, x.shape)
+    return cast(_normalize(x, gamma, beta, axis, epsilon, mask), dtype)
 
 
-def tlu(x, tau, alpha=None, axis=-1):
-    """Thresholded Linear Unit, the maximum to the last bit, for every tau, infinities included.
+def tlu(
+    x: Tensor,
+    tau: Tensor,
+    alpha: Tensor | None = None,
+    axis: int | tuple[int, ...] = -1,
+    dtype: str | None = None,
+) -> Tensor:
+    """Thresholded Linear Unit: the maximum to the last bit, for every tau, infinities included.
 
     ```
     z = max(x, tau)            or, with alpha,    z = max(x, alpha * x + tau)
     ```
 
-    Shape: `x` has rank 2 or more. The output has the same shape.
-
     Args:
-        x: Float or integer tensor.
+        x: Float or integer tensor of rank 2 or more.
         tau: Threshold: the sizes of `x` along `axis`, axes in ascending order.
         alpha: Slope below the threshold, of tau's shape, or None for 0. Defaults to None.
         axis: The axes along which tau varies, an int or a tuple. Defaults to -1.
+        dtype: Dtype of the result. Defaults to None, x's dtype (`keras.config.floatx()` for
+            integers).
 
     Returns:
-        A tensor of x's shape and dtype (`keras.config.floatx()` for integers).
+        A tensor of x's shape.
 
     Raises:
-        ValueError: if `axis` names the batch axis, an axis twice or none of `x`, or the shape of
-            `tau` or `alpha` does not fit that of `x`.
+        ValueError: if `axis` names the batch axis, an axis twice or one that `x` does not have, or
+            the shape of `tau` or `alpha` does not fit that of `x`.
 
     Example:
 
-    >>> z = keras_frn.ops.tlu(np.array([[-2.0, 3.0]]), tau=np.array([-1.0, 0.0]))  # [[-1, 3]]
+    ```python
+    z = keras_frn.ops.tlu(np.array([[-2.0, 3.0]]), tau=np.array([-1.0, 0.0]))  # [[-1, 3]]
+    ```
 
-    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
-    x, dtype = _in_statistics_dtype(x)
-    axes = sorted_axes(axis, x.shape)
-    return cast(_thresholded(x, tau, alpha, axes), dtype)
+    Reference:
+        [Singh & Krishnan, CVPR 2020](https://arxiv.org/abs/1911.09737)
+    """
+    x, dtype = _widen(x, dtype)
+    axes = canonicalize_axis(axis, x.shape, several=True)
+    return cast(_threshold(x, tau, alpha, axes), dtype)
 
 
 def filter_response_normalization_tlu(
-    x, gamma=None, beta=None, tau=0.0, alpha=None, axis=-1, epsilon=1e-6, mask=None
-):
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    tau: Tensor = 0.0,
+    alpha: Tensor | None = None,
+    axis: int = -1,
+    epsilon: Tensor = 1e-6,
+    mask: Tensor | None = None,
+    dtype: str | None = None,
+) -> Tensor:
     """Filter Response Normalization and Thresholded Linear Unit in one step.
 
     ```
+    y = gamma * x / sqrt(mean(x * x) + epsilon) + beta
     z = max(y, tau)            or, with alpha,    z = max(y, alpha * y + tau)
     ```
 
-    where y is `filter_response_normalization(x, gamma, beta, axis, epsilon, mask)`. Equal to the
-    two operations one after the other; in half precision it rounds once and not twice.
-
-    Shape: as in `filter_response_normalization`.
+    Equal to the two operations one after the other; in half precision it rounds once, not twice.
 
     Args:
-        x, gamma, beta, axis, epsilon, mask: As in `filter_response_normalization`.
+        x: As in `filter_response_normalization`.
+        gamma: As in `filter_response_normalization`.
+        beta: As in `filter_response_normalization`.
         tau: Threshold, `(channels,)` or a float. Defaults to 0, a ReLU.
         alpha: Slope below the threshold, `(channels,)`, or None for 0. Defaults to None.
+        axis: As in `filter_response_normalization`.
+        epsilon: As in `filter_response_normalization`.
+        mask: As in `filter_response_normalization`.
+        dtype: As in `filter_response_normalization`.
 
     Returns:
-        A tensor of x's shape and dtype (`keras.config.floatx()` for integers).
+        A tensor of x's shape.
 
     Raises:
         ValueError: as in `filter_response_normalization` and `tlu`.
 
     Example:
 
-    >>> x = np.array([[[3.0], [-4.0]]])
-    >>> z = keras_frn.ops.filter_response_normalization_tlu(x, tau=-0.5)  # [[[0.849], [-0.5]]]
+    ```python
+    x = np.array([[[3.0], [-4.0]]])
+    z = keras_frn.ops.filter_response_normalization_tlu(x, tau=-0.5)  # [[[0.849], [-0.5]]]
+    ```
 
-    Reference: Singh & Krishnan, CVPR 2020, https://arxiv.org/abs/1911.09737."""
-    x, dtype = _in_statistics_dtype(x)
-    axis = _channel_axis(axis, x.shape)
-    y = _normalized(x, gamma, beta, axis, epsilon, mask)
-    return cast(_thresholded(y, tau, alpha, (axis,)), dtype)
+    Reference:
+        [Singh & Krishnan, CVPR 2020](https://arxiv.org/abs/1911.09737)
+    """
+    x, dtype = _widen(x, dtype)
+    (axis,) = canonicalize_axis(axis, x.shape)
+    y = _normalize(x, gamma, beta, axis, epsilon, mask)
+    return cast(_threshold(y, tau, alpha, (axis,)), dtype)
 
 
-def _normalized(x, gamma, beta, axis, epsilon, mask):
-    gamma, beta = _aligned("gamma", gamma, x, (axis,)), _aligned("beta", beta, x, (axis,))
-    epsilon = _aligned("epsilon", epsilon, x, (axis,))
+def _normalize(
+    x: Tensor, gamma: Tensor, beta: Tensor, axis: int, epsilon: Tensor, mask: Tensor
+) -> Tensor:
+    gamma, beta = _align("gamma", gamma, x, (axis,)), _align("beta", beta, x, (axis,))
+    epsilon = _align("epsilon", epsilon, x, (axis,))
     # Quantization tools address the statistics by this name.
     with keras.name_scope("frn_statistics"):
         scale = ops.rsqrt(_mean_square(x, axis, mask) + epsilon)
@@ -129,14 +176,14 @@ def _normalized(x, gamma, beta, axis, epsilon, mask):
     return y if beta is None else y + beta
 
 
-def _thresholded(y, tau, alpha, axes):
-    tau = _aligned("tau", tau, y, axes)
+def _threshold(y: Tensor, tau: Tensor, alpha: Tensor, axes: tuple[int, ...]) -> Tensor:
+    tau = _align("tau", tau, y, axes)
     if alpha is not None:
-        tau = y * _aligned("alpha", alpha, y, axes) + tau
+        tau = y * _align("alpha", alpha, y, axes) + tau
     return maximum(y, tau)
 
 
-def _mean_square(x, axis, mask):
+def _mean_square(x: Tensor, axis: int, mask: Tensor) -> Tensor:
     spatial = tuple(i for i in range(1, len(x.shape)) if i != axis)
     if any(x.shape[i] == 0 for i in spatial):
         raise ValueError(
@@ -145,7 +192,7 @@ def _mean_square(x, axis, mask):
         )
     if mask is None:
         return mean_square(x, spatial)
-    kept = _aligned_mask(mask, x, axis)
+    kept = _align_mask(mask, x, axis)
     # Zeros go in before the square, so that neither the value nor the gradient of what is masked
     # can spoil the mean.
     nu2 = mean_square(where(kept, x, ops.zeros_like(x)), spatial)
@@ -154,53 +201,56 @@ def _mean_square(x, axis, mask):
     return nu2 / where(share > 0, share, ops.ones_like(share))
 
 
-def cast(x, dtype):
+def cast(x: Tensor, dtype: str) -> Tensor:
     """`x` in a dtype. In eager mode `ops.cast` takes 20 microseconds, even for nothing."""
     return x if keras.backend.standardize_dtype(x.dtype) == dtype else ops.cast(x, dtype)
 
 
-def _in_statistics_dtype(x):
-    """x in float32 or wider, and the dtype of the result."""
+def _widen(x: Tensor, dtype: str | None) -> tuple[Tensor, str]:
+    """x in the dtype to compute in, float32 or float64, and the dtype of the result."""
     if not keras.backend.is_keras_tensor(x):
         x = ops.convert_to_tensor(x)
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    if not keras.backend.is_float_dtype(dtype):
-        dtype = keras.config.floatx()
+    if dtype is None:
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        dtype = dtype if keras.backend.is_float_dtype(dtype) else keras.config.floatx()
     return cast(x, "float64" if dtype == "float64" else "float32"), dtype
 
 
-def sorted_axes(axis, shape):
-    """One axis or several, ascending and not negative, of an input of this shape."""
-    shape = tuple(shape)
-    rank = len(shape)
-    if rank < 2 or any(isinstance(size, (list, tuple, dict)) for size in shape):
+def canonicalize_axis(axis: Any, shape: Shape | None, several: bool = False) -> tuple[int, ...]:
+    """The axes as ints; of an input of a known shape, ascending and not negative."""
+    axes = tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
+    integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
+    if not axes or not integers or (isinstance(axis, (list, tuple)) and not several):
+        kinds = "an int or a tuple of different ints" if several else "one int, the channel axis"
         raise ValueError(
-            "The input must be one tensor of rank 2 or more, (batch, ..., channels). Received: "
-            f"shape={shape}. Pass tensors one by one, and add missing axes."
+            f"`axis` must be {kinds}. Received: axis={axis!r}. Use -1 for the channels of "
+            "channels-last data and 1 for channels-first. (TensorFlow Addons' `axis=[1, 2]` named "
+            "the spatial axes.)"
         )
-    axes = axis if isinstance(axis, (list, tuple)) else (axis,)
-    exist = all(-rank < a < rank and a != 0 for a in axes)
-    if not exist or len({a % rank for a in axes}) != len(axes):
+    axes = tuple(map(int, axes))
+    of, received, rank = "the input", f"axis={axis}", 0
+    if shape is not None:
+        rank = len(shape)
+        if rank < 2 or any(isinstance(size, (list, tuple, dict)) for size in shape):
+            raise ValueError(
+                "The input must be one tensor of rank 2 or more, (batch, ..., channels). Received: "
+                f"shape={tuple(shape)}. Pass tensors one by one, and add missing axes."
+            )
+        of, received = f"an input of rank {rank}", f"{received}, shape={tuple(shape)}"
+        if all(-rank <= a < rank for a in axes):
+            axes = tuple(sorted(a % rank for a in axes))
+            rank = 0
+    if rank or 0 in axes or len(set(axes)) != len(axes):
         raise ValueError(
-            f"`axis` must name different axes of an input of rank {rank}, and not the batch axis. "
-            f"Received: axis={axis}, shape={shape}. Use -1 for channels-last data, 1 for "
-            "channels-first."
+            f"`axis` must name different axes of {of}, and not the batch axis. Received: "
+            f"{received}. Use -1 for channels-last data, 1 for channels-first."
         )
-    return tuple(sorted(a % rank for a in axes))
+    return axes
 
 
-def _channel_axis(axis, shape):
-    if isinstance(axis, (list, tuple)):
-        raise ValueError(
-            f"`axis` must be one int, the channel axis. Received: axis={axis!r}. Use -1 for "
-            "channels-last data. (TensorFlow Addons' `axis=[1, 2]` named the spatial axes.)"
-        )
-    return sorted_axes(axis, shape)[0]
-
-
-def _aligned(name, parameter, x, axes):
-    """A parameter in x's dtype and rank (converters want constants of the full rank), with one
-    element or x's sizes at `axes`."""
+def _align(name: str, parameter: Any, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A parameter in x's dtype and rank, as converters want constants of the full rank. It has one
+    element, or x's sizes at `axes`."""
     if parameter is None or (name == "epsilon" and isinstance(parameter, (int, float))):
         return parameter
     if isinstance(parameter, (int, float, list, tuple, np.ndarray)):
@@ -213,17 +263,17 @@ def _aligned(name, parameter, x, axes):
     if received not in ((), (1,)):
         if len(received) != len(sizes) or any(s not in (r, None) for s, r in zip(sizes, received)):
             raise ValueError(
-                f"`{name}` must have the sizes of `x` along axis {axes}, {sizes}. Received: "
-                f"{name}.shape={received}, x.shape={tuple(x.shape)}. Reshape it, or name the axes "
-                "along which it varies."
+                f"`{name}` must have the sizes of `x` along `axis`, {sizes}. Received: "
+                f"{name}.shape={received}, x.shape={tuple(x.shape)}, axis={axes}. Reshape it, or "
+                "name the axes along which it varies."
             )
         for axis, size in zip(axes, received):
             shape[axis] = size
     return ops.reshape(parameter, shape)
 
 
-def _aligned_mask(mask, x, axis):
-    """The mask as booleans of x's rank, 1 along the channel axis and wherever it does not reach."""
+def _align_mask(mask: Tensor, x: Tensor, axis: int) -> Tensor:
+    """The mask as booleans of x's rank, of size 1 along the channel axis and where it ends."""
     mask = ops.cast(mask, "bool")
     shape = tuple(x.shape)
     masked = shape[:axis] + shape[axis + 1 :]
