@@ -28,7 +28,18 @@ from keras import layers
 from network import apply, conv, resnet20
 
 BACKEND = keras.backend.backend()
-FIELDS = "device framework network dtype mode normalization kernels bytes temporary cycles".split()
+FIELDS = [
+    "device",
+    "framework",
+    "network",
+    "dtype",
+    "mode",
+    "normalization",
+    "kernels",
+    "bytes",
+    "temporary",
+    "cycles",
+]
 KEY = FIELDS[:6]
 PATH = RESULTS / "accelerators.csv"
 SHORT = {

@@ -1,8 +1,8 @@
 """What XLA makes of a program for a device that is not there: kernels, memory traffic, cycles.
 
 XLA compiles for an H100 and for a TPU v5e on any x86-64 Linux machine with the wheels of the extra
-`accelerators`. Nothing is run. TensorFlow's programs are TensorFlow's own, compiled by the XLA that
-comes with JAX, which is newer. Imported by `accelerators.py` and by `tests/test_accelerators.py`."""
+`accelerators`. Nothing is run. TensorFlow's programs are its own, compiled by the XLA that comes
+with JAX, which is newer. Imported by `accelerators.py` and by `tests/test_accelerators.py`."""
 
 import math
 import os
@@ -121,26 +121,24 @@ _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "afte
 
 def kernels(text):
     """The kernels of an optimized program: the instructions of its entry that move something."""
-    computations, name = {}, None
+    computations, lines, entry = {}, [], None
     for line in text.splitlines():
         if line.endswith("{") and " = " not in line:
             head = line.split()
-            name = head[1] if head[0] == "ENTRY" else head[0]
-            computations[name.lstrip("%")] = instructions = []
-            entry = name.lstrip("%") if head[0] == "ENTRY" else None
-            if entry:
-                computations["ENTRY"] = instructions
-        elif name and (match := _INSTRUCTION.match(line)):
-            instructions.append(match.groups())
+            name = head[head[0] == "ENTRY"].lstrip("%")
+            entry = name if head[0] == "ENTRY" else entry
+            computations[name] = lines = []
+        elif match := _INSTRUCTION.match(line):
+            lines.append(match.groups())
     convolving = {
         name
         for name, lines in computations.items()
         if any(opcode == "convolution" for _, _, opcode, _ in lines)
     }
 
-    def walk(name):
-        types = {name: shape for name, shape, _, _ in computations[name]}
-        for name, shape, opcode, rest in computations[name]:
+    def walk(computation):
+        types = {name: shape for name, shape, _, _ in computations[computation]}
+        for name, shape, opcode, rest in computations[computation]:
             called = re.findall(r"(?:to_apply|calls|body)=%?([\w.\-]+)", rest)
             if opcode in ("call", "while", "conditional"):
                 for inner in called:
@@ -150,12 +148,12 @@ def kernels(text):
                 is_convolution = (
                     "__cudnn$conv" in rest
                     or opcode == "convolution"
-                    or bool(convolving & set(called))
+                    or not convolving.isdisjoint(called)
                 )
                 read = sum(_bytes(types[o]) for o in operands if o in types)
                 yield Kernel(name, read, _bytes(shape), is_convolution)
 
-    return list(walk("ENTRY"))
+    return list(walk(entry))
 
 
 def _bytes(shape):
