@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from . import graph
-from .layers import TLU, FilterResponseNormalization, epsilon_of
+from .layers import TLU, FilterResponseNormalization, read_epsilon
 from .samples import Samples
 from .typing import PathLike, Tensor
 
@@ -53,7 +53,7 @@ def measure_health(model: keras.Model, samples: Samples) -> list[dict[str, Any]]
             row |= {"at_tau": float(fraction.mean()), "dead": float((fraction == 1).mean())}
         if isinstance(layer, FilterResponseNormalization) and mean_squares[layer]:
             nu2 = np.maximum(np.mean(mean_squares[layer], axis=0), np.finfo("float32").tiny)
-            row["epsilon_ratio"] = float(np.median(epsilon_of(layer) / nu2))
+            row["epsilon_ratio"] = float(np.median(read_epsilon(layer) / nu2))
             row["spread"] = float(nu2.max() / nu2.min())
         for weight in layer.weights:
             values = ops.convert_to_numpy(weight)

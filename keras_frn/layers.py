@@ -18,7 +18,16 @@ from .ops import (
     filter_response_normalization_tlu,
     tlu,
 )
-from .typing import Constraint, Epsilon, Initializer, LearnedEpsilon, Regularizer, Shape, Tensor
+from .typing import (
+    Constraint,
+    Epsilon,
+    Initializer,
+    LearnedEpsilon,
+    Regularizer,
+    Shape,
+    Tensor,
+    is_number,
+)
 
 __all__ = ["TLU", "FilterResponseNormalization", "FilterResponseNormalizationTLU"]
 
@@ -35,13 +44,21 @@ class FilterResponseNormalization(keras.layers.Layer):
     y   = gamma * x / sqrt(nu2 + epsilon + |learned_epsilon|) + beta
     ```
 
+    With `epsilon_ratio`, k, each channel's mean square is mixed with a typical one, m, which the
+    weight `mean_square` keeps:
+
+    ```
+    y   = gamma * x * sqrt((1 + k) / (nu2 + epsilon + |learned_epsilon| + k * m)) + beta
+    ```
+
     There are no batch statistics: training and inference compute the same function, and a sample's
     result does not depend on the others. Follow it with `TLU`: the mean is not subtracted, so the
     threshold has to be learned. If there is one spatial position (dense features, 1x1 maps), use
     `learned_epsilon=True`: with a small constant epsilon the output is close to sign(x).
 
-    The weights are, in this order, `gamma (channels,)`, `beta (channels,)` and `learned_epsilon
-    (1,)` or `(channels,)`; an attribute is None if the layer has no such weight.
+    The weights are, in this order, `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)`
+    or `(channels,)`, and, not trained, `mean_square (channels,)` and `epsilon_ratio (1,)`; an
+    attribute is None if the layer has no such weight.
 
     Args:
         axis: Int, the channel axis, as in `keras.layers.BatchNormalization`. Defaults to -1.
@@ -49,6 +66,10 @@ class FilterResponseNormalization(keras.layers.Layer):
             allowed with a learned epsilon). Defaults to 1e-6.
         learned_epsilon: False, True (one learned epsilon per layer, as in the paper), or
             `"per_channel"`. Defaults to False.
+        epsilon_ratio: Float of 0 or more, the start of the weight of that name, or None. A large
+            one is close to BatchNormalization's fixed scale, 0 and None are FRN.
+            `replace_batch_normalization` makes such layers, and
+            `keras_frn.callbacks.EpsilonScheduler` lowers the weight. Defaults to None.
         center: Whether to add the offset `beta`. Defaults to True.
         scale: Whether to multiply by the scale `gamma`. Defaults to True.
         beta_initializer: Initializer of the offset. Defaults to `"zeros"`.
@@ -101,6 +122,7 @@ class FilterResponseNormalization(keras.layers.Layer):
         *,
         epsilon: Epsilon = 1e-6,
         learned_epsilon: LearnedEpsilon = False,
+        epsilon_ratio: float | None = None,
         center: bool = True,
         scale: bool = True,
         beta_initializer: Initializer = "zeros",
@@ -122,6 +144,7 @@ class FilterResponseNormalization(keras.layers.Layer):
         (self.axis,) = canonicalize_axis(axis, None)
         self.use_learned_epsilon = _check_flag("learned_epsilon", learned_epsilon, "per_channel")
         self.epsilon = _check_epsilon(epsilon, bool(self.use_learned_epsilon))
+        self.initial_epsilon_ratio = _check_ratio(epsilon_ratio)
         self.center = _check_flag("center", center)
         self.scale = _check_flag("scale", scale)
         self.jit_compile = _check_flag("jit_compile", jit_compile, None)
@@ -139,6 +162,8 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.gamma = None
         self.beta = None
         self.learned_epsilon = None
+        self.mean_square = None
+        self.epsilon_ratio = None
 
     def build(self, input_shape: Shape) -> None:
         (axis,), channels = _find_sizes(self, input_shape)
@@ -151,6 +176,15 @@ class FilterResponseNormalization(keras.layers.Layer):
         if self.use_learned_epsilon:
             shape = channels if self.use_learned_epsilon == "per_channel" else (1,)
             self.learned_epsilon = _add_weight(self, "learned_epsilon", shape)
+        if self.initial_epsilon_ratio is not None:
+            options = {"trainable": False, "autocast": False}
+            self.mean_square = self.add_weight(
+                name="mean_square", shape=channels, initializer="ones", **options
+            )
+            start = initializers.Constant(self.initial_epsilon_ratio)
+            self.epsilon_ratio = self.add_weight(
+                name="epsilon_ratio", shape=(1,), initializer=start, **options
+            )
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         return _call(
@@ -158,17 +192,25 @@ class FilterResponseNormalization(keras.layers.Layer):
             filter_response_normalization,
             inputs,
             mask=np.asarray(mask) if isinstance(mask, (list, tuple)) else mask,
-            gamma=self.gamma,
             beta=self.beta,
-            epsilon=self._sum_epsilon(),
+            **self._find_scale(),
         )
 
-    def _sum_epsilon(self) -> Tensor:
-        if self.learned_epsilon is None:
-            return self.epsilon
+    def _find_scale(self) -> dict[str, Tensor]:
+        """The gamma and the epsilon of the formula."""
+        gamma, epsilon = self.gamma, self.epsilon
         dtype = "float64" if self.compute_dtype == "float64" else "float32"
-        learned = ops.abs(ops.cast(self.learned_epsilon, dtype))
-        return learned + ops.convert_to_tensor(self.epsilon, dtype)
+        if self.use_learned_epsilon or self.epsilon_ratio is not None:
+            epsilon = ops.convert_to_tensor(epsilon, dtype)
+        if self.use_learned_epsilon:
+            epsilon = ops.abs(ops.cast(self.learned_epsilon, dtype)) + epsilon
+        if self.epsilon_ratio is not None:
+            ratio = ops.cast(self.epsilon_ratio, dtype)
+            mean_square = ops.cast(self.mean_square, dtype)
+            epsilon = epsilon + ratio * mean_square
+            gamma = ops.ones_like(mean_square) if gamma is None else ops.cast(gamma, dtype)
+            gamma = gamma * ops.sqrt(1 + ratio)
+        return {"gamma": gamma, "epsilon": epsilon}
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)
@@ -178,6 +220,7 @@ class FilterResponseNormalization(keras.layers.Layer):
             "axis": self.axis,
             "epsilon": list(self.epsilon) if isinstance(self.epsilon, tuple) else self.epsilon,
             "learned_epsilon": self.use_learned_epsilon,
+            "epsilon_ratio": self.initial_epsilon_ratio,
             "center": self.center,
             "scale": self.scale,
             **_serialize_weights(self, ("beta", "gamma", "learned_epsilon")),
@@ -309,13 +352,15 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
     ```
 
     Equal to `FilterResponseNormalization` followed by `TLU`, in half as many layers. The weights
-    are, in this order, `gamma`, `beta`, `learned_epsilon`, `tau (channels,)` and `alpha
-    (channels,)`; an attribute is None if the layer has no such weight.
+    are, in this order, `gamma`, `beta`, `learned_epsilon`, `tau (channels,)`, `alpha (channels,)`,
+    and, not trained, `mean_square` and `epsilon_ratio`; an attribute is None if the layer has no
+    such weight.
 
     Args:
         axis: Int, the channel axis. Defaults to -1.
         epsilon: As in `FilterResponseNormalization`. Defaults to 1e-6.
         learned_epsilon: As in `FilterResponseNormalization`. Defaults to False.
+        epsilon_ratio: As in `FilterResponseNormalization`. Defaults to None.
         center: Whether to add the offset `beta`. Defaults to True.
         scale: Whether to multiply by the scale `gamma`. Defaults to True.
         affine: Whether to learn a slope `alpha` below the threshold. Defaults to False.
@@ -369,6 +414,7 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         *,
         epsilon: Epsilon = 1e-6,
         learned_epsilon: LearnedEpsilon = False,
+        epsilon_ratio: float | None = None,
         center: bool = True,
         scale: bool = True,
         affine: bool = False,
@@ -394,6 +440,7 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
             axis,
             epsilon=epsilon,
             learned_epsilon=learned_epsilon,
+            epsilon_ratio=epsilon_ratio,
             center=center,
             scale=scale,
             beta_initializer=beta_initializer,
@@ -431,9 +478,8 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
             filter_response_normalization_tlu,
             inputs,
             mask=np.asarray(mask) if isinstance(mask, (list, tuple)) else mask,
-            gamma=self.gamma,
             beta=self.beta,
-            epsilon=self._sum_epsilon(),
+            **self._find_scale(),
             tau=self.tau,
             alpha=self.alpha,
         )
@@ -443,12 +489,27 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
         return {**super().get_config(), **config}
 
 
-def epsilon_of(layer: FilterResponseNormalization) -> Any:
+def read_epsilon(layer: FilterResponseNormalization) -> Any:
     """All that an FRN layer adds to the mean square, an array in float64."""
     epsilon = np.asarray(layer.epsilon, "float64")
-    if layer.learned_epsilon is None:
-        return epsilon
-    return epsilon + np.abs(ops.convert_to_numpy(layer.learned_epsilon))
+    if layer.learned_epsilon is not None:
+        epsilon = epsilon + np.abs(_read(layer.learned_epsilon))
+    if layer.epsilon_ratio is not None:
+        epsilon = epsilon + _read(layer.epsilon_ratio) * _read(layer.mean_square)
+    return epsilon
+
+
+def read_gamma(layer: FilterResponseNormalization) -> Any:
+    """All that an FRN layer multiplies with, an array in float64, or None for 1."""
+    gamma = None if layer.gamma is None else _read(layer.gamma)
+    if layer.epsilon_ratio is None:
+        return gamma
+    ones = np.ones(layer.mean_square.shape) if gamma is None else gamma
+    return ones * np.sqrt(1 + _read(layer.epsilon_ratio))
+
+
+def _read(weight: Any) -> Any:
+    return ops.convert_to_numpy(weight).astype("float64")
 
 
 def _call(
@@ -514,6 +575,17 @@ def _check_epsilon(epsilon: Any, learned: bool) -> float | tuple[float, ...]:
     return tuple(values.tolist()) if values.ndim else float(values)
 
 
+def _check_ratio(ratio: Any) -> float | None:
+    if ratio is None:
+        return None
+    if is_number(ratio) and 0 <= ratio < math.inf:
+        return float(ratio)
+    raise ValueError(
+        "`epsilon_ratio` must be a finite float of 0 or more, or None. Received: "
+        f"epsilon_ratio={ratio!r}. 3 normalizes mildly, and 0 or None is FRN."
+    )
+
+
 def _find_sizes(layer: Any, input_shape: Shape) -> tuple[tuple[int, ...], Shape]:
     """The layer's axes, ascending and not negative, and the input's sizes along them."""
     axes = canonicalize_axis(layer.axis, input_shape, several=True)
@@ -545,7 +617,8 @@ def _check_epsilon_fits(layer: Any, input_shape: Shape) -> None:
             "rounds to 0 there, so that a channel of zeros gives NaN. The paper uses 1e-6."
         )
     spatial = [size for i, size in enumerate(input_shape) if i not in (0, channel)]
-    if all(size == 1 for size in spatial) and np.min(layer.epsilon) < _START_OF_EPSILON:
+    has_small = not layer.initial_epsilon_ratio and np.min(layer.epsilon) < _START_OF_EPSILON
+    if all(size == 1 for size in spatial) and has_small:
         warnings.warn(
             f"Layer {layer.name!r} normalizes single positions with a constant epsilon of "
             f"{layer.epsilon}: its output is close to the sign of its input and its gradient "

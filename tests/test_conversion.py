@@ -7,7 +7,8 @@ from keras import layers
 from reference import close
 
 from keras_frn.conversion import calibration, replace_batch_normalization
-from keras_frn.layers import TLU, FilterResponseNormalization
+from keras_frn.export.inference_form import InferenceCopy
+from keras_frn.layers import TLU, FilterResponseNormalization, read_epsilon
 
 # With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever
 # the structure, the converted model must then give what the original gives.
@@ -217,13 +218,24 @@ def test_closed_form_is_exact_for_a_sample_of_typical_energy(ratio, scale, cente
 
 @pytest.mark.parametrize("learned", ["per_channel", False])
 def test_epsilon_is_in_proportion_to_the_mean_square(learned, rng):
-    model = _trained(_dense(), rng)
-    bn = model.get_layer("first")
-    frn = _convert(model, epsilon_ratio=2.0, learned_epsilon=learned).get_layer("first")
-    expected = 2.0 * (np.asarray(bn.moving_mean) ** 2 + np.asarray(bn.moving_variance))
-    actual = np.asarray(frn.learned_epsilon) + frn.epsilon if learned else frn.epsilon
-    np.testing.assert_allclose(actual, expected + 1e-6, rtol=1e-5)
-    assert len(frn.weights) == (3 if learned else 2)
+    model = keras.Sequential(
+        [
+            keras.Input((4, 3)),
+            layers.BatchNormalization(name="several"),
+            layers.GlobalAveragePooling1D(),
+            layers.BatchNormalization(name="single"),
+        ]
+    )
+    converted = _convert(_trained(model, rng), epsilon_ratio=2.0, learned_epsilon=learned)
+    for name in ("several", "single"):
+        bn, frn = model.get_layer(name), converted.get_layer(name)
+        expected = 2.0 * (np.asarray(bn.moving_mean) ** 2 + np.asarray(bn.moving_variance))
+        np.testing.assert_allclose(read_epsilon(frn), expected + 1e-6, rtol=1e-5)
+        trained = {w.name for w in frn.trainable_weights} - {"gamma", "beta"}
+        assert trained == ({"learned_epsilon"} if name == "single" and learned else set())
+    frn = converted.get_layer("several")
+    assert [w.name for w in frn.non_trainable_weights] == ["mean_square", "epsilon_ratio"]
+    assert float(np.asarray(frn.epsilon_ratio)[0]) == 2.0
 
 
 def test_a_single_position_is_never_forced_to_unit_energy(rng):
@@ -738,3 +750,16 @@ def test_a_ratio_that_is_too_small_for_the_model_is_said(rng):
         _, report = _convert(model, data, epsilon_ratio=0.0, return_report=True)
     assert "Correlation with the given model: 0." in str(report)
     assert _report(model, calibration_data=data, epsilon_ratio=1e3).agreement > 0.999
+
+
+def test_the_ratio_counts_in_the_form_that_is_exported(rng):
+    model = _trained(_residual(), rng)
+    x = rng.normal(1.0, 2.0, size=(40, 8, 8, 3)).astype("float32")
+    converted = _convert(model, x)
+    for ratio in (3.0, 0.1):
+        for name in ("bn1", "bn2", "bn3"):
+            converted.get_layer(name).epsilon_ratio.assign([ratio])
+        copy = InferenceCopy(converted)
+        copy.equalize([[x]])
+        assert copy.equalized
+        close(copy.model(x), converted(x), ROUNDING)

@@ -11,6 +11,7 @@ from reference import INPUT_GRADIENT, PARAMETER_GRADIENT, VALUE, close, frn_tlu
 
 import keras_frn
 from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from keras_frn.layers import read_epsilon, read_gamma
 
 FRN_LAYERS = [FilterResponseNormalization, FilterResponseNormalizationTLU]
 LAYERS = [*FRN_LAYERS, TLU]
@@ -441,3 +442,37 @@ def test_subclassed_model_trains(rng):
     net.compile(keras.optimizers.Adam(0.01), "mse")
     history = net.fit(x, y, epochs=30, verbose=0).history["loss"]
     assert history[-1] < 0.2 * history[0]
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize(
+    "layer_class", [FilterResponseNormalization, FilterResponseNormalizationTLU]
+)
+def test_a_ratio_mixes_the_mean_square_with_a_typical_one(layer_class, scale, rng, tmp_path):
+    layer = layer_class(epsilon_ratio=2.0, learned_epsilon=True, scale=scale)
+    model = keras.Sequential([keras.Input((5, 3)), layer])
+    names = [weight.name for weight in layer.weights]
+    own = ["gamma"] * scale + ["beta", "learned_epsilon"] + ["tau"] * hasattr(layer, "tau")
+    assert names == [*own, "mean_square", "epsilon_ratio"]
+    assert [weight.name for weight in layer.trainable_weights] == own
+    assert float(np.ravel(keras.ops.convert_to_numpy(layer.epsilon_ratio))[0]) == 2.0
+    mean_square = np.array([0.5, 1.0, 4.0])
+    layer.mean_square.assign(mean_square)
+    layer.epsilon_ratio.assign([0.7])
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    y = keras.ops.convert_to_numpy(model(x))
+    options = {"tau": 0.0} if hasattr(layer, "tau") else {}
+    epsilon = 1e-6 + 1e-4 + 0.7 * mean_square
+    close(y, frn_tlu(x, gamma=np.sqrt(1.7), epsilon=epsilon, **options), VALUE)
+    np.testing.assert_allclose(read_epsilon(layer), epsilon, rtol=1e-6)  # float32
+    np.testing.assert_allclose(read_gamma(layer), np.full(3, np.sqrt(1.7)), rtol=1e-6)
+    for name in ("model.keras", "model.h5"):
+        model.save(tmp_path / name)
+        loaded = keras.models.load_model(tmp_path / name)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(loaded(x)), y)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "3", True])
+def test_a_ratio_is_checked(value):
+    with pytest.raises(ValueError, match=r"`epsilon_ratio` must be .*Received: epsilon_ratio="):
+        FilterResponseNormalization(epsilon_ratio=value)

@@ -180,7 +180,8 @@ def requirements():
 def examples():
     """The examples in docstrings; those of `addons` need files and are run by its own tests."""
     finder = doctest.DocTestFinder(exclude_empty=False)
-    for name in ("layers", "ops", "constraints", "callbacks", "models", "conversion", "export"):
+    names = ("layers", "ops", "constraints", "callbacks", "models", "conversion", "export")
+    for name in (*names, "conversion.schedule"):
         module = importlib.import_module(f"keras_frn.{name}")
         found = finder.find(module, f"keras_frn.{name}")
         yield from (test for test in found if test.examples or "```python" in test.docstring)

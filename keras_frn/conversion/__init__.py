@@ -64,16 +64,16 @@ def replace_batch_normalization(
 
     ```
     a * x + c                                   BatchNormalization at inference, per channel
-    m = mean^2 + variance                       the channel's mean square
-    epsilon = epsilon_ratio * m
-    gamma = a * sqrt(m + epsilon),   beta = c,   tau = 0
+    gamma * x * sqrt((1 + k) / (nu2 + k * m)) + beta        FRN with k = epsilon_ratio
+    m = mean^2 + variance,   gamma = a * sqrt(m),   beta = c,   tau = 0
     ```
 
     With these weights each FRN layer gives what its BatchNormalization layer gave for a sample of
-    typical energy. With `calibration_data` they are refined layer by layer: each output channel
-    then has the mean and the standard deviation that it had. Epsilon is the path between the two
-    normalizations: a large one is BatchNormalization's fixed scale, 0 normalizes each sample fully.
-    Fine-tune the result, and let `keras_frn.callbacks.EpsilonScheduler` lower epsilon meanwhile.
+    typical energy, nu2 = m. With `calibration_data` they are refined layer by layer: each output
+    channel then has the mean and the standard deviation that it had. The ratio k is the path
+    between the two normalizations: a large one is BatchNormalization's fixed scale, 0 normalizes
+    each sample fully. It is a weight that is not trained. Fine-tune the result, and let
+    `keras_frn.callbacks.EpsilonScheduler` lower the ratio meanwhile.
 
     The result is a new, uncompiled model. All other layers keep their names, weights and trainable
     flags. The given model does not change.
@@ -87,9 +87,9 @@ def replace_batch_normalization(
             need not fit into memory. With None, the moving statistics alone decide. Defaults to
             None.
         epsilon_ratio: Float of 0 or more, epsilon / mean square of each channel. It is at least 1
-            where a channel has a single position. Defaults to 3.
-        learned_epsilon: Where epsilon is kept. `"per_channel"` keeps it in a weight, which training
-            and `EpsilonScheduler` change; False makes it a constant. Defaults to `"per_channel"`.
+            if a layer has a single position. Defaults to 3.
+        learned_epsilon: How layers with a single position keep their epsilon: `"per_channel"` in a
+            trained weight, False as a constant. Defaults to `"per_channel"`.
         replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU, where it follows
             a replaced layer directly, and no other layer. Defaults to True.
         verbose: Bool or `"auto"`, whether to show the progress of the calibration; `"auto"` is

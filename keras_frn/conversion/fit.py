@@ -12,6 +12,7 @@ from keras import ops
 
 from .. import graph
 from ..errors import ArgumentError
+from ..layers import read_gamma
 from ..samples import Samples
 from ..typing import Tensor
 from .calibration import ForwardPass
@@ -49,11 +50,19 @@ class Affine:
 def set_closed_form(frn: Any, bn: Any, ratio: float) -> None:
     """Sets the weights that give what BatchNormalization gave for a sample of typical energy."""
     affine = Affine.of(bn)
-    scale = np.sqrt(affine.mean_square * (1.0 + ratio) + CONSTANT_EPSILON)
-    frn.gamma.assign(affine.scale * scale)
-    frn.beta.assign(affine.offset)
-    if frn.learned_epsilon is not None:
-        frn.learned_epsilon.assign(ratio * affine.mean_square)
+    gamma = affine.scale * np.sqrt(affine.mean_square * (1.0 + ratio) + CONSTANT_EPSILON)
+    _assign(frn, gamma, affine.offset, affine.mean_square, ratio)
+
+
+def _assign(frn: Any, gamma: Any, beta: Any, mean_square: Any, ratio: float) -> None:
+    """Sets the weights of `gamma * x / sqrt(nu2 + epsilon + ratio * mean_square) + beta`."""
+    if frn.epsilon_ratio is not None:
+        frn.mean_square.assign(mean_square)
+        gamma = gamma / np.sqrt(1.0 + ratio)
+    elif frn.learned_epsilon is not None:
+        frn.learned_epsilon.assign(ratio * mean_square)
+    frn.gamma.assign(gamma)
+    frn.beta.assign(beta)
 
 
 def fit(
@@ -177,8 +186,8 @@ def _fit_layer(frn: Any, recorded: list[_Moments], target: _Target, ratio: float
     """Fits one layer and returns its epsilon / mean square."""
     moments = _Moments.join(recorded)
     mean_square = moments.average(moments.mean_square)
-    learned = 0.0 if frn.learned_epsilon is None else ratio * mean_square
-    epsilon = np.asarray(frn.epsilon, "float64") + learned
+    is_constant = frn.epsilon_ratio is None and frn.learned_epsilon is None
+    epsilon = np.asarray(frn.epsilon, "float64") + (0.0 if is_constant else ratio * mean_square)
     r = 1.0 / np.sqrt(moments.mean_square + epsilon)
     first = moments.average(r * moments.mean)
     second = moments.average(r * r * moments.mean_square)
@@ -186,11 +195,8 @@ def _fit_layer(frn: Any, recorded: list[_Moments], target: _Target, ratio: float
     # A channel that does not vary says nothing about its scale; the closed form stays.
     varies = (variance > 1e-6 * second) & (target.deviation > 0)
     scale = target.sign * target.deviation / np.sqrt(np.where(varies, variance, 1.0))
-    gamma = np.where(varies, scale, _float64(frn.gamma))
-    frn.gamma.assign(gamma)
-    frn.beta.assign(target.mean - gamma * first)
-    if frn.learned_epsilon is not None:
-        frn.learned_epsilon.assign(learned)
+    gamma = np.where(varies, scale, read_gamma(frn))
+    _assign(frn, gamma, target.mean - gamma * first, mean_square, ratio)
     return epsilon / np.maximum(mean_square, _TINY)
 
 

@@ -109,8 +109,10 @@ class Plan:
         for weight in ("beta", "gamma"):
             names += [f"{weight}_{x}" for x in ("initializer", "regularizer", "constraint")]
         options: dict[str, Any] = {"epsilon": CONSTANT_EPSILON}
-        if self._learned_epsilon:
-            options["learned_epsilon"] = self._learned_epsilon if self.ratios[bn] else False
+        if count_positions(bn) != 1:
+            options["epsilon_ratio"] = self.ratios[bn] or None
+        elif self._learned_epsilon:
+            options["learned_epsilon"] = self._learned_epsilon
         else:
             mean_square = Affine.of(bn).mean_square
             options["epsilon"] = (CONSTANT_EPSILON + self.ratios[bn] * mean_square).tolist()

@@ -8,7 +8,7 @@ import numpy as np
 from keras import layers, ops
 
 from .. import ops as frn_ops
-from ..layers import FilterResponseNormalization, epsilon_of
+from ..layers import FilterResponseNormalization, read_epsilon, read_gamma
 from ..typing import Array, Tensor
 
 __all__ = [
@@ -206,9 +206,9 @@ class Normalization(layers.Layer):
         self.supports_masking = True
         self.rank = rank_of(source)
         self.axis = -1 if source.axis == self.rank - 1 else source.axis
-        self.epsilon = epsilon_of(source)
+        self.epsilon = read_epsilon(source)
         for name in ("gamma", "beta", "tau", "alpha"):
-            weight = getattr(source, name, None)
+            weight = read_gamma(source) if name == "gamma" else getattr(source, name, None)
             value = None if weight is None else ops.convert_to_numpy(weight).astype("float32")
             setattr(self, name, value)
         self.floor = self.first_epsilon = self.pooling = None
