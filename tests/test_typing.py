@@ -39,7 +39,13 @@ keras_frn.callbacks.FRNMonitor(images).plot("layers.png")
 keras.layers.Conv2D(4, 3, kernel_constraint=keras_frn.constraints.ZeroMean())
 """
 WRONG = [
+    'keras_frn.FilterResponseNormalization(epsilon="tiny")',
+    'keras_frn.FilterResponseNormalization(axis="last")',
     "keras_frn.FilterResponseNormalization(-1, 1e-6)",
+    'keras_frn.FilterResponseNormalization(learned_epsilon="per_chanel")',
+    'keras_frn.FilterResponseNormalizationTLU(center="no")',
+    'keras_frn.TLU(axis="last")',
+    'keras_frn.TLU(affine="yes")',
     "keras_frn.export_tflite(None, 7)",
     'keras_frn.export_tflite(model, "m.tflite", quantization="int88")',
     'keras_frn.export_tflite(model, "m.tflite", "int8")',
@@ -50,6 +56,7 @@ WRONG = [
     'keras_frn.load_addons_model("old.h5", "weights.h5")',
     'keras_frn.load_addons_weights(model, "w.h5", tau="per_position")',
     'keras_frn.models.resnet("32x32")',
+    'keras_frn.callbacks.EpsilonScheduler(steps="all")',
     "keras_frn.no_such_name",
 ]
 
