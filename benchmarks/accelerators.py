@@ -1,4 +1,4 @@
-"""What normalizations cost on a GPU and on a TPU, counted in the programs that XLA compiles for them.
+"""What normalizations cost on a GPU and on a TPU, counted in the programs that XLA makes for them.
 
     pip install -e ".[accelerators]"
     pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2

@@ -341,7 +341,7 @@ def copy_layer(
         return keras.layers.Lambda(
             layer.function, mask=layer.mask, arguments=layer.arguments, **options
         )
-    made_by = layer_class or type(layer)
+    made_by: Any = layer_class or type(layer)
     try:
         return made_by.from_config(config)
     except TypeError:

@@ -200,9 +200,9 @@ class FilterResponseNormalization(keras.layers.Layer):
         """The gamma and the epsilon of the formula."""
         gamma, epsilon = self.gamma, self.epsilon
         dtype = "float64" if self.compute_dtype == "float64" else "float32"
-        if self.use_learned_epsilon or self.epsilon_ratio is not None:
+        if self.learned_epsilon is not None or self.epsilon_ratio is not None:
             epsilon = ops.convert_to_tensor(epsilon, dtype)
-        if self.use_learned_epsilon:
+        if self.learned_epsilon is not None:
             epsilon = ops.abs(ops.cast(self.learned_epsilon, dtype)) + epsilon
         if self.epsilon_ratio is not None:
             ratio = ops.cast(self.epsilon_ratio, dtype)

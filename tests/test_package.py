@@ -40,7 +40,7 @@ def test_public_names():
 )
 def test_layer_docstrings(layer):
     doc = inspect.getdoc(layer)
-    for part in ("```", "Shape:", "Args:", "Example", "Raises:", "Reference:"):
+    for part in ("```", "shape:", "Args:", "Example", "Raises:", "Reference:"):
         assert part in doc
     for argument in inspect.signature(layer).parameters:
         named = argument in doc or argument.split("_")[0] + "_*" in doc
