@@ -8,7 +8,7 @@ No device is needed, and no time is measured. For each normalization in each net
 mixed bfloat16, for a training step (SGD) and for inference, of TensorFlow and of JAX: how many
 kernels the program has besides its convolutions, the bytes that they read and write, the temporary
 memory of the whole program and, on a TPU, the compiler's own estimate of cycles. It takes about an
-hour on two cores; a second call goes on where the first was stopped. Prints a table, and writes
+hour on two cores; a second call goes on where the first one stopped. Prints a table, and writes
 `results/accelerators.csv` and `.png`."""
 
 import argparse
@@ -170,7 +170,7 @@ def wanted(arguments):
         arguments.frameworks,
         arguments.networks,
         arguments.dtypes,
-        ("training", "inference"),
+        arguments.modes,
     ):
         for normalization in arguments.normalizations:
             yield device, framework, network, dtype, mode, normalization
@@ -248,6 +248,7 @@ def main():
         "frameworks": ["tensorflow", "jax"],
         "networks": list(NETWORKS),
         "dtypes": ["float32", "mixed_bfloat16"],
+        "modes": ["training", "inference"],
         "normalizations": list(SHORT),
     }
     for name, values in choices.items():
