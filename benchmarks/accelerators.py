@@ -1,7 +1,6 @@
 """What normalizations cost on a GPU and on a TPU, counted in the programs that XLA makes for them.
 
     pip install -e ".[accelerators]"
-    pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
     python benchmarks/accelerators.py
 
 No device is needed, and no time is measured. For each normalization in each network, in float32 and
@@ -9,15 +8,18 @@ mixed bfloat16, for a training step (SGD) and for inference, of TensorFlow and o
 kernels the program has besides its convolutions, the bytes that they read and write, the temporary
 memory of the whole program and, on a TPU, the compiler's own estimate of cycles. It takes about an
 hour on two cores; a second call goes on where the first one stopped. Prints a table, and writes
-`results/accelerators.csv` and `.png`."""
+`results/accelerators.csv` and `.png`. With `--write FOLDER` it writes the programs instead, for
+`accelerators_time.py` on a machine with a GPU."""
 
 import argparse
 import csv
+import gzip
 import itertools
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -197,6 +199,17 @@ def work(keys):
         print(f"{done + 1} of {len(keys)}: {', '.join(key)}: {counts}, {took:.0f} s", flush=True)
 
 
+def write(keys, folder):
+    """Writes the programs of this process' backend as files."""
+    folder.mkdir(exist_ok=True)
+    for device, framework, network, dtype, mode, normalization in keys:
+        platform = xla.DEVICES[device]["platform"]
+        program = program_of(network, normalization, dtype, mode, platform)
+        name = ".".join((network, dtype, mode, framework, normalization)).replace(" ", "_")
+        with gzip.open(folder / f"{name}.mlir.gz", "wt") as file:
+            file.write(program)
+
+
 def show(rows):
     """A table of ratios to BatchNormalization in the same program."""
     print(f"\n{'ratio to ' + SHORT[BN]:72}{'bytes':>8}{'kernels':>9}{'memory':>8}{'cycles':>8}")
@@ -254,8 +267,12 @@ def main():
     for name, values in choices.items():
         parser.add_argument(f"--{name}", nargs="+", choices=values, default=values)
     parser.add_argument("--show", action="store_true", help="only show what is there")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the programs")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
+    if arguments.write:
+        write([key for key in wanted(arguments) if key[1] == BACKEND], arguments.write)
+        return
     keys = [key for key in wanted(arguments) if key not in read() and not arguments.show]
     for framework in arguments.frameworks:
         mine = [key for key in keys if key[1] == framework]

@@ -7,6 +7,7 @@ with JAX, which is newer. Imported by `accelerators.py` and by `tests/test_accel
 import math
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
+RESULTS = Path(__file__).parent / "results"
 # The card as XLA describes it to itself, a `GpuTargetConfigProto`.
 _H100 = """
 gpu_device_info {
