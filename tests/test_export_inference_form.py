@@ -367,23 +367,23 @@ def test_few_weak_samples_keep_their_outputs(preset, scale, tolerance, tmp_path,
 
 
 class Undescribed(layers.Layer):
-    """Its config has a key that its constructor does not take."""
+    """Its config lacks what its constructor needs."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
-        self.dense = layers.Dense(4, use_bias=False)
+        self.dense = layers.Dense(units, use_bias=False)
 
     def call(self, inputs):
         return self.dense(inputs)
 
     def get_config(self):
-        return {**super().get_config(), "old_name": 1}
+        return {k: v for k, v in super().get_config().items() if k != "units"}
 
 
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic", "int8"])
 def test_a_layer_that_its_config_does_not_make_again_stays(preset, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
-    x = Undescribed(name="own")(layers.Conv2D(48, 3)(inputs))
+    x = Undescribed(4, name="own")(layers.Conv2D(48, 3)(inputs))
     x = layers.Conv2D(6, 3)(frn_tlu_layer(name="after")(x))
     model, x = shuffled_weights(keras.Model(inputs, frn_tlu_layer(name="last")(x))), images(rng)
     expected = model.predict(x, verbose=0)
@@ -397,7 +397,7 @@ def test_a_layer_that_its_config_does_not_make_again_stays(preset, tmp_path, rng
 
 def test_a_layer_in_half_precision_must_be_made_again(tmp_path):
     inputs = keras.Input((12, 12, 3))
-    model = keras.Model(inputs, Undescribed(name="own", dtype="mixed_float16")(inputs))
+    model = keras.Model(inputs, Undescribed(4, name="own", dtype="mixed_float16")(inputs))
     with pytest.raises(ValueError, match=r"`model` must have .*own in float16.*float32"):
         export_tflite(model, tmp_path / "m.tflite")
 
