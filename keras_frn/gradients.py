@@ -161,7 +161,8 @@ def _torch_maximum(y: Tensor, tau: Tensor) -> Tensor:
     # Compilers and tracers do not look into a function of our own.
     if torch.compiler.is_compiling():
         return _select(y, tau)
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    jit: Any = torch.jit  # whose types do not list what it documents
+    if jit.is_tracing():
         return torch.maximum(y, tau)
     return _torch_maximum_function().apply(y, tau)
 
