@@ -70,7 +70,7 @@ def load(folder, name, model=None, **options):
 )
 def test_a_subclassed_model_gets_its_weights(folder, name):
     if name == "net.h5" and keras.backend.backend() == "torch":
-        pytest.skip("the error asks for another order: Keras lists layers of lists last on PyTorch")
+        pytest.skip("Keras lists layers in lists first on PyTorch: an error asks for the order")
     y, io = load(folder, name)
     close(y, io["net"], 2e-5)  # roundings of float32, in sums of some hundreds
 
