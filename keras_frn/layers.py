@@ -191,7 +191,7 @@ class FilterResponseNormalization(keras.layers.Layer):
             self,
             filter_response_normalization,
             inputs,
-            mask=np.asarray(mask) if isinstance(mask, (list, tuple)) else mask,
+            mask=mask,
             beta=self.beta,
             **self._find_scale(),
         )
@@ -477,7 +477,7 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
             self,
             filter_response_normalization_tlu,
             inputs,
-            mask=np.asarray(mask) if isinstance(mask, (list, tuple)) else mask,
+            mask=mask,
             beta=self.beta,
             **self._find_scale(),
             tau=self.tau,
@@ -521,6 +521,8 @@ def _call(
             f"Layer {layer.name!r} must be built before `call`. Received: a call without weights. "
             "Call the layer itself, `layer(inputs)`, which builds it."
         )
+    if isinstance(arguments.get("mask"), (list, tuple)):
+        arguments["mask"] = np.asarray(arguments["mask"])
     arguments |= {"x": inputs, "axis": layer.axis, "dtype": layer.compute_dtype}
     return run(op, arguments) if layer.jit_compile else op(**arguments)
 
