@@ -190,11 +190,12 @@ def test_a_disk_that_cannot_be_written_is_not_the_models_fault(what, tmp_path, m
 
 def test_a_full_disk_that_tensorflow_meets_is_an_os_error(tmp_path, monkeypatch):
     import tensorflow as tf
+    import tensorflow.saved_model as saved_model  # which Keras imports so, in place of the other
 
     def fill(*_, **__):
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
-    monkeypatch.setattr("tensorflow.saved_model.save", fill)
+    monkeypatch.setattr(saved_model, "save", fill)
     with pytest.raises(OSError, match=r"cannot be written to .*No space left"):
         export_tflite(small_model(), tmp_path / "m.tflite")
 
