@@ -137,6 +137,23 @@ def resnet_cifar(
     BatchNormalization and ReLU. 274,042 parameters at the defaults. The network is channels-last,
     whatever `keras.config` says.
 
+    The default is the network `resnet20_frn_swish` of bnn_hmc, and `activation="relu"` its
+    `resnet20_frn`. haiku numbers the layers; here, each number is a pair NAME_conv and NAME_frn:
+
+    | `conv2_d`, `frn` | NAME |
+    |---|---|
+    | without a number | `stem` |
+    | `_1`, `_2` | `stage1_block1_1`, `stage1_block1_2` |
+    | `_3`, `_4` | `stage1_block2_1`, `stage1_block2_2` |
+    | `_5`, `_6` | `stage1_block3_1`, `stage1_block3_2` |
+    | `_7`, `_8`, `_9` | `stage2_block1_1`, `stage2_block1_2`, `stage2_block1_projection` |
+    | `_10`, `_11` | `stage2_block2_1`, `stage2_block2_2` |
+    | `_12`, `_13` | `stage2_block3_1`, `stage2_block3_2` |
+    | `_14`, `_15`, `_16` | `stage3_block1_1`, `stage3_block1_2`, `stage3_block1_projection` |
+    | `_17`, `_18` | `stage3_block2_1`, `stage3_block2_2` |
+    | `_19`, `_20` | `stage3_block3_1`, `stage3_block3_2` |
+    | `linear` | `logits`, a layer of this name |
+
     Args:
         input_shape: Tuple `(height, width, channels)`, None if a size is unknown. Defaults to
             (32, 32, 3).

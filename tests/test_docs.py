@@ -15,8 +15,8 @@ from reference import close
 
 # Their blocks are whole programs, each of which names its backend.
 OF_PROGRAMS = ("devices.md", "per-example-gradients.md")
-# test_export.py runs export.md.
-OTHERS = ("export.md", *OF_PROGRAMS)
+# test_export.py runs export.md, test_weights_from_elsewhere.py the page of this name.
+OTHERS = ("export.md", "weights-from-elsewhere.md", *OF_PROGRAMS)
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
