@@ -106,16 +106,18 @@ NETWORKS = {
 }
 
 
-_LARGE = ("ResNet-20", "ResNet-50", "3D U-Net")
-# What is compiled without `--all`: device, networks, dtype and mode. A step of ResNet-20 takes
-# minutes to compile for a TPU, and half a minute for a GPU.
+_BOTH, _LARGE = ("tensorflow", "jax"), ("ResNet-20", "ResNet-50", "3D U-Net")
+_FEW = (BN, "GroupNormalization + ReLU", "FRN + TLU", "ReLU alone")
+_MANY = (*_FEW, "LayerNormalization + ReLU")
+# What is compiled without `--all`: device, frameworks, networks, dtype, mode and normalizations. A
+# step of ResNet-20 takes minutes to compile for a TPU, and less than one for a GPU.
 PLAN = [
-    ("H100", tuple(NETWORKS), "mixed_bfloat16", "training"),
-    ("H100", _LARGE, "mixed_bfloat16", "inference"),
-    ("H100", _LARGE, "float32", "training"),
-    ("TPU v5e", ("ResNet-20",), "mixed_bfloat16", "training"),
-    ("TPU v5e", ("ResNet-20",), "float32", "training"),
-    ("TPU v5e", ("ResNet-20",), "mixed_bfloat16", "inference"),
+    ("H100", _BOTH, tuple(NETWORKS), "mixed_bfloat16", "training", tuple(SHORT)),
+    ("H100", _BOTH, _LARGE, "mixed_bfloat16", "inference", _MANY),
+    ("H100", _BOTH, _LARGE, "float32", "training", _MANY),
+    ("TPU v5e", _BOTH, ("ResNet-20",), "mixed_bfloat16", "training", _FEW),
+    ("TPU v5e", ("jax",), ("ResNet-20",), "mixed_bfloat16", "inference", _FEW),
+    ("TPU v5e", ("jax",), ("ResNet-20",), "float32", "training", _FEW),
 ]
 
 
@@ -188,14 +190,15 @@ def wanted(arguments):
         arguments.modes,
         arguments.normalizations,
     ):
-        device, _, network, dtype, mode, normalization = key
+        device, framework, network, dtype, mode, normalization = key
         is_planned = any(
-            device == d and network in networks and dtype == t and mode == m
-            for d, networks, t, m in PLAN
+            (device, dtype, mode) == (d, t, m)
+            and framework in frameworks
+            and network in networks
+            and normalization in chosen
+            for d, frameworks, networks, t, m, chosen in PLAN
         )
-        # Two layers are XLA's to fuse, which one case of each network shows.
-        is_pair = normalization == "FRN, then TLU" and (dtype, mode) != PLAN[0][2:]
-        if arguments.all or (is_planned and not is_pair):
+        if arguments.all or is_planned:
             yield key
 
 
@@ -233,7 +236,7 @@ def write(keys, folder):
 
 def show(rows):
     """A table of ratios to BatchNormalization in the same program."""
-    print(f"\n{'ratio to ' + SHORT[BN]:72}{'bytes':>8}{'kernels':>9}{'memory':>8}{'cycles':>8}")
+    print(f"\n{'ratio to ' + SHORT[BN]:82}{'bytes':>8}{'kernels':>9}{'memory':>8}{'cycles':>8}")
     for key, row in rows.items():
         base = rows.get((*key[:5], BN))
         if base is None or key[5] == BN:
@@ -242,7 +245,7 @@ def show(rows):
             f"{int(row[f]) / int(base[f]):.2f}" if int(base[f]) else ""
             for f in ("bytes", "kernels", "temporary", "cycles")
         ]
-        print("{:72}{:>8}{:>9}{:>8}{:>8}".format(", ".join((*key[:5], SHORT[key[5]])), *ratios))
+        print("{:82}{:>8}{:>9}{:>8}{:>8}".format(", ".join((*key[:5], SHORT[key[5]])), *ratios))
 
 
 def plot(rows, path):
