@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 import keras
 
+from .errors import ArgumentError
 from .typing import Tensor
 
 __all__ = [
@@ -330,26 +331,47 @@ def is_operation(layer: Any, function: Callable[[Tensor], Tensor]) -> bool:
 
 def copy_layer(
     layer: Any,
-    config: dict[str, Any] | None = None,
+    change_config: Callable[[Any], Any] = lambda config: config,
     layer_class: type[keras.Layer] | None = None,
 ) -> Any:
-    """A new layer, of this layer's config and class unless others are given."""
-    config = layer.get_config() if config is None else config
-    if type(layer) is keras.layers.Lambda:
-        # Its config is for files: a function that is read back has lost its module.
-        options = {name: config[name] for name in ("name", "dtype", "trainable")}
-        return keras.layers.Lambda(
-            layer.function, mask=layer.mask, arguments=layer.arguments, **options
-        )
+    """A new layer of this layer's config, and of its class unless another is given.
+
+    Raises:
+        ArgumentError: if the config does not make it.
+    """
     made_by: Any = layer_class or type(layer)
+    known = {x for c in made_by.__mro__ for x in inspect.signature(c.__init__).parameters}
     try:
-        return made_by.from_config(config)
-    except TypeError:
-        # Some layers write what their constructors do not know.
-        known = {x for c in made_by.__mro__ for x in inspect.signature(c.__init__).parameters}
-        if known.issuperset(config):
+        config = change_config(_read_config(layer))
+        if made_by is keras.layers.Lambda:
+            # Its config is for files: a function that is read back has lost its module.
+            options = {name: config[name] for name in ("name", "dtype", "trainable")}
+            return made_by(layer.function, mask=layer.mask, arguments=layer.arguments, **options)
+        try:
+            return made_by.from_config(config)
+        except TypeError:
+            # Some layers write what their constructors do not know.
+            return made_by.from_config({key: config[key] for key in config if key in known})
+    # What constructors raise that are given a config of other arguments than theirs.
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).split(" Example: ")[0]
+        raise ArgumentError(
+            "model",
+            f"must have layers that their config makes again. Received: {layer.name} of class "
+            f"{made_by.__name__}: {reason} Write its `get_config`.",
+        ) from error
+
+
+def _read_config(layer: Any) -> dict[str, Any]:
+    try:
+        return dict(layer.get_config())
+    except NotImplementedError:
+        # Keras describes no layer of its own accord that was given a dtype policy.
+        own = inspect.signature(type(layer).__init__).parameters
+        if not {*own} <= {"self", "args", "kwargs", "name", "dtype", "trainable"}:
             raise
-        return made_by.from_config({key: config[key] for key in config if key in known})
+        dtype = layer.dtype_policy.name
+        return {"name": layer.name, "trainable": layer.trainable, "dtype": dtype}
 
 
 def copy_weights(layer: Any, copy: Any) -> None:

@@ -1,5 +1,6 @@
 import keras
 import numpy as np
+import pytest
 from keras import layers
 from reference import close
 
@@ -128,3 +129,22 @@ class WritesTooMuch(layers.Layer):
 def test_a_layer_is_copied_that_writes_more_than_its_constructor_knows():
     copy = graph.copy_layer(WritesTooMuch(3, name="x"))
     assert (type(copy), copy.factor, copy.name) == (WritesTooMuch, 3, "x")
+
+
+def test_a_layer_is_copied_that_keras_does_not_describe():
+    """Keras writes no config for a layer that was given a policy and no `get_config`."""
+    policy = keras.DTypePolicy("mixed_float16")
+    copy = graph.copy_layer(layers.Identity(name="x", dtype=policy))
+    assert (copy.name, copy.dtype_policy.name) == ("x", "mixed_float16")
+    assert type(copy).from_config(copy.get_config()).name == "x", "and the copy can be saved"
+
+
+class HoldsAFunction(layers.Layer):
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+
+def test_a_layer_without_a_config_is_named():
+    with pytest.raises(ValueError, match="their config makes again. Received: x of class Holds"):
+        graph.copy_layer(HoldsAFunction(abs, name="x"))

@@ -233,16 +233,10 @@ def _copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     if _is_relu6(layer):
         return ReLU6(layer.name)
     try:
-        config = _to_float32(layer.get_config())
-        copy = graph.copy_layer(layer, config, REPLACED.get(type(layer)))
-    # What constructors raise that are given a config of other arguments than theirs.
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        copy = graph.copy_layer(layer, _to_float32, REPLACED.get(type(layer)))
+    except ArgumentError:
         if layer.compute_dtype != "float32":
-            raise ArgumentError(
-                "model",
-                "must have layers in float32, or that `get_config` describes. Received: "
-                f"{layer.name} in {layer.compute_dtype}: {error}. Load it in float32.",
-            ) from error
+            raise
         return Kept(layer)
     is_pooling = type(layer) in _MAX_POOLING and is_channels_last(layer)
     return MaxPooling(copy) if is_pooling else copy
