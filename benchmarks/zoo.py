@@ -41,7 +41,7 @@ FIELDS = [
     *("preset", "error", "bound", "said", "silent", "float_operators", "unnamed_operators"),
     *("kilobytes", "seconds"),
 ]
-CALIBRATION, UNSEEN = 32, 16
+CALIBRATION, UNSEEN = 16, 8
 
 
 def application(name, size=64, **options):
@@ -198,6 +198,10 @@ MODELS = {
         stackwise_conv_filters=[[16, 32], [32, 48], [64, 64]],
         stackwise_pooling=[True, True, False],
     ),
+    "hub DeepLabV3+": hub_deeplab,
+    "hub RetinaNet": hub_retinanet,
+    "hub SegFormer": hub_segformer,
+    "hub BASNet": hub_basnet,
     "hub HGNetV2": hub_backbone(
         "HGNetV2",
         depths=[1, 2],
@@ -210,10 +214,6 @@ MODELS = {
         apply_downsample=[False, True],
         use_lightweight_conv_block=[False, True],
     ),
-    "hub DeepLabV3+": hub_deeplab,
-    "hub RetinaNet": hub_retinanet,
-    "hub SegFormer": hub_segformer,
-    "hub BASNet": hub_basnet,
     "MobileNet": application("MobileNet"),
     "MobileNetV2": application("MobileNetV2"),
     "MobileNetV3Small": application("MobileNetV3Small"),
@@ -336,7 +336,7 @@ def study(name, write):
     norms = make_wild(model, rng, given[:CALIBRATION])
     row = {"model": name, "batch_normalization": len(norms)}
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         converted, report = keras_frn.replace_batch_normalization(
             model, calibration_data=data[:CALIBRATION], verbose=False, return_report=True
         )
@@ -353,9 +353,7 @@ def study(name, write):
         folder = Path(folder)
         converted.save(folder / "model.keras")
         expected = predict(converted, given[CALIBRATION:])
-        loaded, error = load_in_a_new_process(
-            folder / "model.keras", given[CALIBRATION:], folder
-        )
+        loaded, error = load_in_a_new_process(folder / "model.keras", given[CALIBRATION:], folder)
         row["loaded"] = error or f"{largest_fraction(loaded, expected):.1e}"
         print(f"{name}: {row}, {time.time() - start:.0f} s", flush=True)
         for preset in PRESETS:
@@ -367,7 +365,7 @@ def study_preset(converted, preset, path, data, given, expected):
     start = time.time()
     row = {"preset": preset or "float32", "bound": PRESETS[preset].bound}
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         try:
             report = keras_frn.export_tflite(
                 converted, path, quantization=preset, calibration_data=data[:CALIBRATION]
@@ -422,7 +420,9 @@ def main():
         found = [row for row in read(arguments.results) if row["model"] == name]
         if len(found) >= len(PRESETS) or any(not row["preset"] for row in found):
             continue
-        print(f"{name}: {len(MODELS) - number} models left, {time.time() - start:.0f} s", flush=True)
+        print(
+            f"{name}: {len(MODELS) - number} models left, {time.time() - start:.0f} s", flush=True
+        )
         rest = [row for row in read(arguments.results) if row["model"] != name]
         arguments.results.unlink(missing_ok=True)
         for row in rest:
@@ -437,9 +437,14 @@ def main():
     stopped = [row["model"] for row in rows if not row["preset"]]
     print(f"{len({row['model'] for row in rows})} models, stopped: {stopped}")
     for field in ("left", "unnamed", "silent", "unnamed_operators"):
-        print(field, sorted({f"{r['model']} {r['preset']}" for r in rows if r[field] not in ("0", "")}))
+        print(
+            field,
+            sorted({f"{r['model']} {r['preset']}" for r in rows if r[field] not in ("0", "")}),
+        )
     print("raw", [row["model"] for row in rows if row["said"].startswith("raw")])
-    print("not loaded", sorted({r["model"] for r in rows if not re.match(r"[\d.e+-]+$", r["loaded"])}))
+    print(
+        "not loaded", sorted({r["model"] for r in rows if not re.match(r"[\d.e+-]+$", r["loaded"])})
+    )
 
 
 if __name__ == "__main__":
