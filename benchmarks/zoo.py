@@ -69,8 +69,8 @@ def hub_resnet(size=64, **options):
         **{
             "input_conv_filters": [16],
             "input_conv_kernel_sizes": [7],
-            "stackwise_num_filters": [16, 32, 64, 64],
-            "stackwise_num_blocks": [2, 2, 2, 2],
+            "stackwise_num_filters": [64, 64, 64, 64],
+            "stackwise_num_blocks": [1, 1, 1, 1],
             "stackwise_num_strides": [1, 2, 2, 2],
             "block_type": "basic_block",
             "image_shape": (size, size, 3),

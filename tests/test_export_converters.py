@@ -10,6 +10,7 @@ from exporting import (
     images,
     shuffled_weights,
     small_model,
+    stack,
 )
 from keras import layers
 from reference import close
@@ -304,3 +305,22 @@ def test_a_grouped_3d_convolution_is_one_in_2d(rng):
     copy.build(x.shape)
     copy.set_weights(original.get_weights())
     close(copy(x), expected, FLOAT)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
+def test_a_filter_that_is_tiny_beside_its_bias_keeps_it(preset, tmp_path, rng):
+    """A bias has the steps of its filter, and 32 bits of them."""
+    kernels = [layers.Conv2D(8, 3), layers.Conv2D(16, 3)]
+    after = [layers.GlobalAveragePooling2D(), layers.Dense(5)]
+    model = shuffled_weights(
+        stack(frn_tlu_layer(), kernels[0], frn_tlu_layer(), kernels[1], *after)
+    )
+    for layer in kernels:
+        kernel, bias = layer.get_weights()
+        kernel[..., :3] *= np.array([0, 1e-12, 1e-6])
+        bias[:3] = [1, -1, 1]
+        layer.set_weights([kernel, bias])
+    x = images(rng)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    # Measured: 0.02; 0.3 without their bias.
+    assert report.max_error_fraction < 0.06

@@ -183,7 +183,15 @@ class InferenceCopy:
         with graph.watch_calls(self.normalizations, record):
             for batch in batches:
                 self.model(graph.inputs_like(self.model, batch), training=False)
-        return {x: np.concatenate(values).astype("float64") for x, values in recorded.items()}
+        found = {x: np.concatenate(values).astype("float64") for x, values in recorded.items()}
+        for layer, values in found.items():
+            if not np.isfinite(values).all():
+                raise ArgumentError(
+                    "calibration_data",
+                    "must have finite squares in every layer. Received: an infinite mean square at "
+                    f"the input of {layer.name}. Scale the data down.",
+                )
+        return found
 
     def _is_shared(self, layer: keras.layers.Layer) -> bool:
         return len(self._wiring.calls_of(layer)) != 1

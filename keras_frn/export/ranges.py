@@ -15,6 +15,13 @@ __all__ = ["measure_ranges"]
 _RARE, _BINS = 2e-4, 4096
 # What the names of operators contain that add up several positions or channels.
 _MIXING = ("CONV", "FULLY_CONNECTED", "MATMUL", "MEAN", "SUM", "POOL")
+# The axis of the channels in the filters of the operators that add a bias.
+_CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
+# The most steps of a bias, which are those of the input times those of the filter. An eighth of the
+# largest integer, and few enough for the widest filter to stay at zero.
+_BIAS_STEPS = 2.0**28
+# The least range of the quantizer.
+_LEAST_SPAN = 1e-9
 
 Range = dict[str, Array]
 
@@ -27,14 +34,14 @@ def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
     side; 3e-5 and 1e-3 were worse. Inputs keep their range, and so do outputs, what
     they are computed from position by position, and what no normalization follows: the peaks of a
     detector's output are rare, and what matters. A constant
-    has its own range, channel by channel.
+    has its own range, channel by channel, but for filters that are tiny beside their bias.
     """
     operators, interpreter = runtime.list_operators(), runtime.interpreter
     computed = {i for operator in operators for i in operator["outputs"]}
     computed |= {detail["index"] for detail in interpreter.get_input_details()}
     saturating = _find_before_normalizations(operators)
     saturating -= _find_outputs(operators, {d["index"] for d in interpreter.get_output_details()})
-    limits: dict[str, tuple[float, float]] = {}
+    limits: dict[str, tuple[Any, Any]] = {}
     counts: dict[str, Any] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -44,16 +51,18 @@ def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
             for detail in interpreter.get_tensor_details():
                 if detail["dtype"] == np.float32 and detail["index"] in computed:
                     values = interpreter.get_tensor(detail["index"])
-                    if values.size:
-                        yield detail["index"], detail["name"], values
+                    shapes[detail["name"]] = values.shape
+                    # An infinity, as in the mask of an attention, is beyond any range.
+                    finite = values if np.isfinite(values).all() else values[np.isfinite(values)]
+                    yield detail["index"], detail["name"], finite
 
     for _, name, values in each_tensor():
-        low, high = limits.get(name, (np.inf, -np.inf))
-        limits[name] = min(low, values.min()), max(high, values.max())
-        shapes[name] = values.shape
+        # With zero, as the quantizer does; in float64, which divides any range of float32.
+        low, high = limits.get(name, (0.0, 0.0))
+        limits[name] = np.float64(values.min(initial=low)), np.float64(values.max(initial=high))
     for index, name, values in each_tensor():
         is_full_size = np.prod(shapes[name][1:-1]) > 1  # not one number per channel
-        if index in saturating and is_full_size and np.isfinite(limits[name]).all():
+        if index in saturating and is_full_size:
             count, _ = np.histogram(values, _BINS, limits[name])
             counts[name] = counts.get(name, 0) + count
     ranges = {}
@@ -63,7 +72,28 @@ def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
         # Of the tensor's rank, as the quantizer wants them.
         shape = (1,) * len(shapes[name])
         ranges[name] = {"min": np.full(shape, low, "f4"), "max": np.full(shape, high, "f4")}
-    return ranges
+    return ranges | _widen_filters(runtime, ranges)
+
+
+def _widen_filters(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges of filters whose own steps are so small that their bias has too many."""
+    details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
+    widened = {}
+    for op in runtime.list_operators():
+        read = [i for i in op["inputs"] if i in details and details[i]["dtype"] is np.float32]
+        constant = [i for i in read if details[i]["name"] not in ranges]
+        if op["op_name"] not in _CHANNELS or len(read) != 3 or len(constant) != 2:
+            continue
+        (given,) = set(read) - set(constant)
+        filters, bias = map(runtime.interpreter.get_tensor, constant)
+        others = tuple(i for i in range(filters.ndim) if i != _CHANNELS[op["op_name"]])
+        largest = np.abs(filters).max(others, keepdims=True)
+        span = np.ptp([*ranges[details[given]["name"]].values()])
+        least = 127 * 255 * np.abs(bias) / (_BIAS_STEPS * max(span, _LEAST_SPAN))
+        if np.any(least.reshape(largest.shape) > largest):
+            bound = np.maximum(largest, least.reshape(largest.shape)).astype("f4")
+            widened[details[constant[0]]["name"]] = {"min": -bound, "max": bound}
+    return widened
 
 
 def _clip(counts: Array, low: float, high: float) -> tuple[float, float]:

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from exporting import exports, images, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_frn.export import export_tflite
+from keras_frn.export.ranges import measure_ranges
+from keras_frn.export.runtime import LiteRT
+
+pytestmark = exports
+pytest.importorskip("ai_edge_litert")
+
+
+class Batches:
+    def __init__(self, *batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter([[batch] for batch in self.batches])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A float file with its tensors in sight."""
+    path = tmp_path_factory.mktemp("ranges") / "m.tflite"
+    export_tflite(small_model(), path)
+    return LiteRT(path, is_plain=True)
+
+
+@given(
+    offset=st.sampled_from([0.0, 1.0, -3.0, 1e-30]),
+    scale=st.sampled_from([0.0, 1e-45, 1e-38, 1e-7, 1.0, 1e10, 1e25]),
+    count=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None, database=None)
+def test_any_data_have_finite_ranges(plain, offset, scale, count, seed):
+    """Constant ones, those below the normal numbers, and those whose squares overflow, too."""
+    x = np.random.default_rng(seed).normal(
+        size=(count, *images(np.random.default_rng(0)).shape[1:])
+    )
+    x = (offset + scale * x).astype("float32")
+    ranges = measure_ranges(plain, Batches(x))
+    assert ranges
+    for found in ranges.values():
+        assert np.all(found["min"] <= found["max"])
+        assert np.isfinite([found["min"], found["max"]]).all()
+    (given_name,) = (d["name"] for d in plain.interpreter.get_input_details())
+    assert ranges[given_name]["max"].item() == max(x.max(), 0), "an input keeps its range"
+
+
+@pytest.mark.filterwarnings("ignore:.*(hardly varies|different samples)")
+@pytest.mark.parametrize("value", [1.0, 1e-42])
+def test_constant_data_give_a_file(value, tmp_path, rng):
+    x = np.full_like(images(rng), value)
+    report = export_tflite(
+        small_model(), tmp_path / "m.tflite", quantization="int8", calibration_data=x
+    )
+    assert report.max_error_fraction < 0.1, "of 8 bits in each layer"
+
+
+def test_squares_that_overflow_are_named(tmp_path, rng):
+    with pytest.raises(ValueError, match="`calibration_data` must have finite squares in every"):
+        export_tflite(small_model(), tmp_path / "m.tflite", calibration_data=1e25 * images(rng))
