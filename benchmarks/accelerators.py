@@ -6,10 +6,10 @@
 No device is needed, and no time is measured. For each normalization in each network, in float32 and
 mixed bfloat16, for a training step (SGD) and for inference, of TensorFlow and of JAX: how many
 kernels the program has besides its convolutions, the bytes that they read and write, the temporary
-memory of the whole program and, on a TPU, the compiler's own estimate of cycles. Takes about an
-hour of two cores for what `PLAN` lists; a second call goes on where the first one stopped. `--all`
-takes every combination. Prints a table, and writes `results/accelerators.csv` and `.png`. With
-`--write FOLDER` it writes the programs instead, for `accelerators_time.py` on a machine with a GPU."""
+memory of the whole program and, on a TPU, the compiler's own estimate of cycles. `PLAN` takes one
+to two hours of two cores; a second call goes on where the first one stopped. `--all` takes every
+combination. Prints a table, and writes `results/accelerators.csv` and `.png`. With `--write FOLDER`
+it writes the programs instead, for `accelerators_time.py` on a machine with a GPU."""
 
 import argparse
 import csv
@@ -241,40 +241,50 @@ def show(rows):
         base = rows.get((*key[:5], BN))
         if base is None or key[5] == BN:
             continue
+        # On a TPU most of a normalization is part of a convolution's kernel.
+        told = ("cycles",) if key[0] == "TPU v5e" else ("bytes", "kernels", "temporary")
         ratios = [
-            f"{int(row[f]) / int(base[f]):.2f}" if int(base[f]) else ""
+            f"{int(row[f]) / int(base[f]):.2f}" if f in told and int(base[f]) else ""
             for f in ("bytes", "kernels", "temporary", "cycles")
         ]
         print("{:82}{:>8}{:>9}{:>8}{:>8}".format(", ".join((*key[:5], SHORT[key[5]])), *ratios))
 
 
 def plot(rows, path):
-    """Bytes (GPU) and cycles (TPU) of a training step in mixed bfloat16."""
+    """What each normalization takes beside BatchNormalization, as far as it was counted."""
     from matplotlib.figure import Figure
 
+    step = ("mixed_bfloat16", "training")
+    networks = {name: (name, *step) for name in NETWORKS}
     panels = [
-        ("H100", "tensorflow", "bytes", "memory traffic on an H100, TensorFlow"),
-        ("H100", "jax", "bytes", "memory traffic on an H100, JAX"),
-        ("TPU v5e", "jax", "cycles", "cycles on a TPU v5e, JAX"),
+        ("Memory traffic on an H100, TensorFlow", "bytes", "H100", "tensorflow", networks),
+        ("Memory traffic on an H100, JAX", "bytes", "H100", "jax", networks),
     ]
+    modes = {
+        "training\nbfloat16": ("ResNet-20", *step),
+        "training\nfloat32": ("ResNet-20", "float32", "training"),
+        "inference\nbfloat16": ("ResNet-20", "mixed_bfloat16", "inference"),
+    }
+    panels.append(("Cycles on a TPU v5e, JAX, ResNet-20", "cycles", "TPU v5e", "jax", modes))
     names = [name for name in SHORT if name != "FRN, then TLU"]
     colors = dict(zip(names, ("0.55", "0.68", "0.8", "C1", "0.92")))
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axis, (device, framework, field, title) in zip(figure.subplots(1, 3, sharey=True), panels):
-        for i, network in enumerate(NETWORKS):
-            keys = {n: (device, framework, network, "mixed_bfloat16", "training", n) for n in names}
-            if any(key not in rows for key in keys.values()):
-                continue
-            for j, name in enumerate(names):
-                ratio = int(rows[keys[name]][field]) / int(rows[keys[BN]][field])
-                axis.barh(-i - 0.16 * (j - 2), ratio, 0.15, color=colors[name])
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    for axis, (title, field, device, framework, bars) in zip(figure.subplots(1, 3), panels):
+        for i, key in enumerate(bars.values()):
+            found = {n: rows.get((device, framework, *key, n)) for n in names}
+            found = {n: int(row[field]) for n, row in found.items() if row}
+            for j, (name, value) in enumerate(found.items() if BN in found else ()):
+                ratio = value / found[BN]
+                bar = axis.barh(-i - 0.16 * (j - 2), ratio, 0.15, color=colors[name])
+                if name == "FRN + TLU":
+                    axis.bar_label(bar, fmt="%.2f", padding=2, fontsize=8)
         axis.axvline(1, color="0.3", linewidth=0.8)
         axis.set_title(title, fontsize=10)
-        axis.set_yticks([-i for i in range(len(NETWORKS))], NETWORKS)
+        axis.set_yticks([-i for i in range(len(bars))], bars)
         axis.spines[["top", "right"]].set_visible(False)
     handles = [axis.barh(0, 0, color=colors[name], label=SHORT[name]) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle("A training step in mixed bfloat16, relative to BatchNormalization + ReLU")
+    figure.suptitle("BatchNormalization + ReLU = 1; a training step in mixed bfloat16 on an H100")
     figure.savefig(path, dpi=120)
 
 
