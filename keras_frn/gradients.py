@@ -2,7 +2,7 @@
 
 What XLA compiles, on JAX and on TensorFlow, has one form, chosen by what XLA makes of it on a GPU
 and a TPU (`benchmarks/accelerators.py`). TensorFlow's own kernels and PyTorch's have gradients
-written by hand, each for at least 5 % of a network's step (`benchmarks/FINDINGS.md`)."""
+written by hand, each for at least 5 % of a network's step (`benchmarks/README.md`)."""
 
 import functools
 import math

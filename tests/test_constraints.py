@@ -101,7 +101,7 @@ def test_save_and_load(tmp_path, rng):
 
 def test_the_code_of_the_guide_runs():
     names = {}
-    assert run_code("docs/recipe.md", names) == 2
+    assert run_code("docs/small-batches.md", names) == 2
     assert names["block"].output_shape == (None, 32, 32, 16)
 
 
