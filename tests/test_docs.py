@@ -1,5 +1,6 @@
 """The code in README and in the guides runs, in a folder with the files that a page begins with."""
 
+import ast
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import pytest
 from backends import BACKEND, numpy
 from markdown_blocks import ROOT, programs, run_code
 from reference import close
+
+from keras_frn import cli
 
 # Their blocks are whole programs, each of which names its backend.
 OF_PROGRAMS = ("devices.md", "per-example-gradients.md")
@@ -118,3 +121,46 @@ def test_the_script_draws_every_picture(tmp_path):
 def test_links_and_pictures_are_there(page):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def _messages():
+    """The texts in the package, with `...` for what is filled in."""
+    for path in ROOT.glob("keras_frn/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [v.value if isinstance(v, ast.Constant) else "..." for v in node.values]
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_the_package():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    # What others say names its source, or is a word of a tool.
+    titles = [line for line in page.splitlines() if line.startswith("**`")]
+    quotes = [
+        quote
+        for line in titles
+        if not re.search(r"\(\w+[^)`]*\)\*\*|distribution|torch.compile", line)
+        for quote in re.findall(r"\*\*(`+ ?.+? ?`+)\*\*", line)
+    ]
+    assert len(quotes) > 15
+    texts = list(_messages())
+    for quote in quotes:
+        pieces = quote.strip("` ").split("...") if "`` " not in quote else [quote[3:-3]]
+        assert any(all(piece in text for piece in pieces) for text in texts), quote
+
+
+def test_the_page_of_the_command_line_has_every_option():
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    _, *sections = re.split(r"^## `keras-frn (\w+)`$", page, flags=re.MULTILINE)
+    documented = {
+        name: set(re.findall(r"^\| `([\w-]+)`", section, re.MULTILINE))
+        for name, section in zip(sections[::2], sections[1::2])
+    }
+    commands = cli._parser()._subparsers._group_actions[0].choices
+    expected = {
+        name: {(action.option_strings or [action.dest])[-1] for action in command._actions[1:]}
+        for name, command in commands.items()
+    }
+    assert documented == expected
