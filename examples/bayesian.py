@@ -1,15 +1,15 @@
 """Title: Sampling the posterior of ResNet-20-FRN with HMC
 Description: Accuracy and calibration of samples by blackjax against one trained network.
-Accelerator: none
+Accelerator: none, half an hour on one CPU core
 
 ## Introduction
 
-A Bayesian network answers with the mean over many networks, each weighted by how well it explains
-the training data. To sample them, Hamiltonian Monte Carlo (HMC) needs a *function* of the weights,
-the log-density, whose value and gradient are exact. Batch statistics break that: with
+A Bayesian network predicts with the mean over many networks, each weighted by how well it explains
+the training data. To sample them, Hamiltonian Monte Carlo (HMC) needs the exact value and gradient
+of the log-density, a function of the weights alone. Batch statistics break that: with
 BatchNormalization the likelihood of one image depends on the images beside it, and the moving
-averages are no weights at all. So Izmailov et al., "What Are Bayesian Neural Network Posteriors
-Really Like?" (ICML 2021, https://arxiv.org/abs/2104.14421) used FRN and a smooth activation.
+averages are not weights. So Izmailov et al., "What Are Bayesian Neural Network Posteriors Really
+Like?" (ICML 2021, https://arxiv.org/abs/2104.14421) used FRN and a smooth activation.
 `keras_frn.models.resnet_cifar` is their network; here it is narrow, on 8x8 digits.
 
 ## Setup
@@ -18,6 +18,11 @@ Really Like?" (ICML 2021, https://arxiv.org/abs/2104.14421) used FRN and a smoot
     python examples/bayesian.py
 
 The digits come with scikit-learn.
+
+## What to expect
+
+No divergent trajectories, and about 85 % of the held-out digits right with the mean of 40 samples,
+75 % with one sample, and 88 % with one trained network.
 """
 
 import argparse
@@ -41,7 +46,7 @@ import keras_frn
 """
 ## The data
 
-A few hundred images, so that it matters how sure a network is. The others tell.
+A few hundred training images, so that uncertainty matters. The other digits are for testing.
 """
 
 
@@ -56,9 +61,9 @@ def load(count):
 """
 ## The posterior
 
-`stateless_call` makes the network a function of its weights. FRN has no state, so that is all there
-is: the sum of the log-likelihoods of all images, and a Gaussian prior with the variance of the
-paper, 1/5.
+`stateless_call` makes the network a function of its weights; FRN has no other state. The
+log-density is the sum of the log-likelihoods of all images and of a Gaussian prior with the
+variance of the paper, 1/5.
 """
 
 
@@ -79,8 +84,8 @@ def posterior(model, images, labels, variance=0.2):
 """
 ## One trained network
 
-The maximum of the same log-density, found by Adam: what is usually meant by training, with weight
-decay. The chain starts there.
+The maximum of the same log-density, found by Adam: ordinary training with weight decay. The chain
+starts there.
 """
 
 
@@ -103,8 +108,8 @@ def maximum(log_density, weights, steps, rate=0.01):
 ## The chain
 
 A sample is the end of a trajectory of leapfrog steps, which follows the gradient of the log-density
-over all images. In the first samples, which are thrown away, the step size is fitted so that 80 %
-of the trajectories are accepted.
+over all images. The burn-in adapts the step size until 80 % of the trajectories are accepted; its
+samples are discarded.
 """
 
 
@@ -122,6 +127,8 @@ def sample(log_density, start, samples, burn_in, leapfrog, step_size):
         if i == burn_in and burn_in:
             step_size = final(adaptation)
         state, info = step(key, state, step_size)
+        if (i + 1) % 10 == 0:
+            print(f"trajectory {i + 1} of {burn_in + samples}", flush=True)
         if i < burn_in:
             adaptation = update(adaptation, info.acceptance_rate)
             step_size = jnp.exp(adaptation.log_step_size)
@@ -133,8 +140,8 @@ def sample(log_density, start, samples, burn_in, leapfrog, step_size):
 ## Accuracy and calibration
 
 The predictive distribution is the mean of the samples' probabilities. Negative log-likelihood and
-the expected calibration error, the mean distance between how sure a network is and how often it is
-right, tell how far its probabilities can be trusted; less is better.
+expected calibration error, the mean distance between confidence and accuracy, show how far its
+probabilities can be trusted; lower is better.
 """
 
 
@@ -202,9 +209,3 @@ if __name__ == "__main__":
     parser.add_argument("--leapfrog", type=int, default=20)
     parser.add_argument("--step", type=float, default=3e-3)
     main(**vars(parser.parse_args()))
-
-"""
-## What to expect
-
-The figures of a full run are in `docs/per-example-gradients.md`.
-"""

@@ -4,23 +4,23 @@ Accelerator: none, a minute on two CPU cores
 
 ## Introduction
 
-A microcontroller has some kilobytes of memory and often no floating-point unit. It runs a network
-whose every tensor is an 8-bit integer. FRN's mean square has the square of its input's range, which
-8 bits do not hold by themselves. `keras_frn.export_tflite` scales the channels first, which changes
-nothing in float.
+A microcontroller has kilobytes of memory and often no floating-point unit, so every tensor is an
+8-bit integer. FRN's mean square has the squared range of its input, too wide for 8 bits.
+`keras_frn.export_tflite` scales the channels first, which changes nothing in float.
 
-We train a classifier of digits, write the file, and run it twice: in LiteRT, as a phone does, and
-in the interpreter of TensorFlow Lite Micro (`tflite-micro`), whose C++ code also runs on the
-device. At last the file becomes a C array to compile into a program.
+We train a digit classifier, write the file, and run it twice: in LiteRT, as a phone does, and in
+the interpreter of TensorFlow Lite Micro (`tflite-micro`), whose C++ code also runs on the device.
+Finally the file becomes a C array to compile into a program.
 
 ## Setup
 
     pip install ".[examples]"
     python examples/microcontroller.py
 
-The file has 19,016 bytes and needs 6,560 bytes of memory beside it. TensorFlow Lite Micro read 98.3
-% of the 360 test digits right. No output was more than one step of 256 away from LiteRT's (Keras
-3.15.1, TensorFlow 2.21.0, tflite-micro of October 2026).
+## What to expect
+
+A file of about 19 kB that needs 6.6 kB of memory beside it. TensorFlow Lite Micro gets about 98 %
+of the 360 test digits right, and its outputs are within one step of 256 of LiteRT's.
 """
 
 import argparse
@@ -73,8 +73,8 @@ def train(model, images, labels, epochs):
 """
 ## The two interpreters
 
-With `integer_io=True` the file's input and output are integers, too, as a sensor gives them: a
-number is `(integer - zero_point) * scale`.
+With `integer_io=True` input and output are integers too. An integer stands for
+`(integer - zero_point) * scale`.
 """
 
 
@@ -108,7 +108,7 @@ def in_tflite_micro(path, integers):
 """
 ## A C array
 
-What a program for the device includes.
+The header that a program for the device includes.
 """
 
 

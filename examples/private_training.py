@@ -1,25 +1,28 @@
 """Title: Differentially private training of a network with FRN
 Description: DP-SGD with jax-privacy: accuracy and epsilon, beside GroupNormalization.
-Accelerator: none
+Accelerator: none, 50 minutes on two CPU cores
 
 ## Introduction
 
-A model that was trained on private data must not give any single person away. DP-SGD (Abadi et al.,
-2016, https://arxiv.org/abs/1607.00133) bounds what one example can do to the weights: the gradient
-*of each example* is clipped to a norm, the clipped gradients are added up, and Gaussian noise of
-that norm is added to the sum.
+A model trained on private data must not reveal any single person. DP-SGD (Abadi et al., 2016,
+https://arxiv.org/abs/1607.00133) bounds the effect of one example on the weights: it clips the
+gradient *of each example*, sums the clipped gradients, and adds Gaussian noise.
 
-Batch statistics have no place there. With BatchNormalization the gradient "of one example" is a
-function of all the examples beside it, so clipping it bounds nothing. FRN normalizes each example
-by itself. So does GroupNormalization, the usual replacement, which we train beside it.
+With BatchNormalization the gradient "of one example" depends on all examples in the batch, so
+clipping it bounds nothing. FRN normalizes each example by itself. So does GroupNormalization, the
+usual replacement, which we train for comparison.
 
 ## Setup
 
     pip install ".[examples]"
     python examples/private_training.py
 
-Fashion-MNIST comes with the Debian package `dataset-fashion-mnist`; elsewhere put its four files in
-a folder and name that with `--data`. `--data digits` takes the 8x8 digits of scikit-learn instead.
+Fashion-MNIST is in the Debian package `dataset-fashion-mnist`. Elsewhere, pass the folder of its
+four files as `--data`. `--data digits` uses the 8x8 digits of scikit-learn instead, for a minute.
+
+## What to expect
+
+At epsilon 1.9, about 67 % of the test images right with FRN and 69 % with GroupNormalization.
 """
 
 import argparse
@@ -76,8 +79,8 @@ def load(data):
 """
 ## The network
 
-Three convolutions, small as is usual under privacy: the noise grows with the number of weights, the
-gradient does not. The networks differ in the two layers after each convolution.
+Three small convolutions: the noise grows with the number of weights, the gradient does not. The
+networks differ only in the two layers after each convolution.
 """
 
 NORMALIZATIONS = {
@@ -100,13 +103,12 @@ def network(normalization, input_shape, width):
 """
 ## A private step
 
-`jax_privacy.clipped_grad` turns the loss of one example into the sum of clipped gradients of a
-batch: `vmap` of `grad` inside, one vectorized call. `stateless_call` gives it the network as a
-function of its weights.
+`jax_privacy.clipped_grad` turns the loss of one example into the sum of the clipped gradients of a
+batch, by `vmap` of `grad`. `stateless_call` makes the network a function of its weights.
 
-The sampling is Poisson: each example is in a batch with the same probability, independently of the
-others, as the accounting assumes. Batches then differ in size. They are filled up to a multiple of
-128 with examples of weight 0, so that few sizes are compiled.
+Sampling is Poisson, as the accounting assumes: each example is in a batch with the same
+probability, independently of the others. Batches differ in size; examples of weight 0 pad them to a
+multiple of 128, so that few sizes are compiled.
 """
 
 
@@ -134,9 +136,8 @@ def private_step(model, optimizer, clip, noise, batch):
 """
 ## Training and accounting
 
-Epsilon says how much the output may tell about one example, at a probability `delta` of telling
-more: less is more private. `dp_accounting` adds the steps up. It knows neither the network nor the
-data.
+Epsilon bounds what the output reveals about one example, except with probability `delta`: lower is
+more private. `dp_accounting` composes the steps. It needs neither the network nor the data.
 """
 
 
@@ -156,10 +157,13 @@ def train(model, data, steps, batch, clip, noise, rate, seed=0):
     state = optimizer.init(weights)
     sampling = CyclicPoissonSampling(sampling_prob=batch / len(images), iterations=steps)
     keys = jax.random.split(jax.random.key(seed), steps)
-    for key, chosen in zip(keys, sampling.batch_iterator(len(images), rng=seed)):
+    batches = sampling.batch_iterator(len(images), rng=seed)
+    for i, (key, chosen) in enumerate(zip(keys, batches), 1):
         chosen = pad_to_multiple_of(chosen, 128)  # with -1
         counts = (chosen >= 0).astype("float32")
         weights, state = step(weights, state, key, images[chosen], labels[chosen], counts)
+        if i % 20 == 0:
+            print(f"step {i} of {steps}", flush=True)
     for variable, value in zip(model.trainable_variables, weights):
         variable.assign(value)
     return float((model.predict(test_images, verbose=0).argmax(-1) == test_labels).mean())
@@ -205,10 +209,3 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, default=1)
     main(**vars(parser.parse_args()))
-
-"""
-## What to expect
-
-The figures of a full run are in `docs/per-example-gradients.md`. Under the same epsilon the
-networks get the same noise; what differs is how well they learn from clipped gradients.
-"""

@@ -1,24 +1,26 @@
 """Title: Segmentation of volumes at batch size 1
 Description: A small 3D U-Net with FRN and TLU that finds ellipsoids in noise, one volume at a time.
-Accelerator: none, minutes on two CPU cores
+Accelerator: none, two minutes on two CPU cores
 
 ## Introduction
 
-Medical and microscopic volumes are so large that often one fills the memory. A batch of one has no
-batch statistics that another volume could share. FRN normalizes each channel of each volume by
-itself, so a batch of one is a batch like any other.
+One medical or microscopic volume often fills the memory, so the batch size is one. FRN normalizes
+each channel of each volume by itself, and a batch of one is a batch like any other.
 
-The contrast of such volumes differs from one to the next. Here it does too: each volume is scaled
-by another factor between 0.3 and 3. FRN in the first layer takes it out.
+Contrast differs between such volumes. Here each one is scaled by a random factor between 0.3 and 3,
+which FRN after the first convolution removes.
 
 ## Setup
 
-    pip install keras-frn
+    pip install .
     python examples/segmentation_3d.py
 
-The volumes are generated. Nothing is downloaded. Use TensorFlow, Keras' default: convolutions of
-volumes are slow under JAX on a CPU. The mean Dice of 20 other volumes was 0.912 after five passes
-over 60 volumes (Keras 3.15.1, TensorFlow 2.21.0, one seed).
+The script generates the volumes. Use TensorFlow, Keras' default: convolutions of volumes are slow
+under JAX on a CPU.
+
+## What to expect
+
+A mean Dice of about 0.91 on 20 other volumes, after five passes over 60 volumes.
 """
 
 import argparse
@@ -32,8 +34,8 @@ import keras_frn
 """
 ## The data
 
-One to three ellipsoids in a cube, with noise as strong as they are, and a mask that says which
-voxels are inside.
+One to three ellipsoids in a cube, with noise as strong as the signal, and a mask of the voxels
+inside.
 """
 
 
@@ -54,9 +56,9 @@ def volumes(count, size, seed):
 """
 ## The network
 
-A U-Net of three levels. Each convolution is followed by FRN and TLU. The deepest maps of a 24x24x24
-volume have 6x6x6 positions, enough for a mean. Where they have one, use `learned_epsilon=True`.
-Convolutions of stride 2 make the maps smaller, as LiteRT has no pooling of volumes.
+A U-Net of three levels. FRN and TLU follow each convolution. The deepest maps of a 24x24x24 volume
+have 6x6x6 positions, enough for a mean. If they had one, they would need `learned_epsilon=True`.
+Convolutions of stride 2 downsample, as LiteRT has no 3D pooling.
 """
 
 
@@ -88,8 +90,8 @@ def build(width):
 """
 ## The loss
 
-Dice is twice the overlap over the sum of both sizes: 1 for a perfect mask. It does not mind that
-most voxels are outside.
+Dice is twice the overlap over the sum of both sizes: 1 for a perfect mask. It is not affected by
+how many voxels are outside.
 """
 
 
@@ -108,7 +110,7 @@ def dice_loss(mask, predicted):
 """
 ## Training and test
 
-Adam with a warm-up over a tenth of the steps, and a cosine after it.
+Adam with a warm-up over a tenth of the steps, then a cosine.
 """
 
 
