@@ -1,6 +1,8 @@
 """Draws the pictures of the guides: `python docs/figures.py` writes docs/images/*.svg."""
 
+import csv
 import pathlib
+import sys
 
 import matplotlib
 import numpy as np
@@ -9,6 +11,7 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 FOLDER = pathlib.Path(__file__).parent / "images"
+RESULTS = FOLDER.parents[1] / "benchmarks" / "results"
 BLUE, GREY, LINE, DARK = "#2f6fb3", "#e6e9ee", "#9aa3ad", "#24292f"
 SAMPLES, CHANNELS, SIDE = 3, 4, 3
 
@@ -81,15 +84,46 @@ def activations():
     return figure
 
 
-def main():
+def zero_mean():
+    """Accuracy with plain and with zero-mean filters: the mean of three seeds, and its interval."""
+    with open(RESULTS / "small_batch.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not row["variant"]]
+    panels = {"batch 2, one pass": ("60000", "2"), "batch 32, 1/6 pass": ("10000", "32")}
+    names = ("FRN + TLU", "GroupNormalization + ReLU", "BatchNormalization + ReLU")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    for axes, (title, run) in zip(figure.subplots(2, 1), panels.items()):
+        for y, name in enumerate(names):
+            for flag, color, label in (("0", LINE, "plain"), ("1", BLUE, "zero-mean")):
+                values = [
+                    float(row["accuracy"])
+                    for row in rows
+                    if (row["images"], row["batch"], row["normalization"], row["zero_mean"])
+                    == (*run, name, flag)
+                ]
+                # Student's t for three values, 95 %.
+                half = 4.303 * np.std(values, ddof=1) / len(values) ** 0.5
+                place = y + (0.14 if flag == "0" else -0.14)
+                axes.errorbar(np.mean(values), place, xerr=half, fmt="o", color=color, label=label)
+        axes.set_title(title, fontsize=11, fontweight="bold", color=DARK)
+        axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.5, len(names) - 0.5))
+        axes.grid(axis="x", color=GREY)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("test accuracy in %")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[:2], labels[:2], loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def main(folder=FOLDER):
     """Writes each picture as SVG, the same bytes each time."""
-    FOLDER.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     options = {"svg.hashsalt": "keras-frn", "svg.fonttype": "none", "font.size": 10}
     with matplotlib.rc_context(options):
-        for name, draw in (("averages", averages), ("relu-and-tlu", activations)):
-            draw().savefig(FOLDER / f"{name}.svg", metadata={"Date": None}, facecolor="white")
-            print(f"wrote docs/images/{name}.svg")
+        pictures = {"averages": averages, "relu-and-tlu": activations, "zero-mean": zero_mean}
+        for name, draw in pictures.items():
+            draw().savefig(folder / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+            print(f"wrote {folder / name}.svg")
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(pathlib.Path, sys.argv[1:]))
