@@ -90,6 +90,7 @@ class FilterResponseNormalization(keras.layers.Layer):
 
     Call arguments:
         inputs: Float or integer tensor.
+
         mask: Booleans, of the shape of the input without the channel axis or a leading part of it.
             Positions with False do not count in the mean. The mask passes on.
 
@@ -385,6 +386,7 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
 
     Call arguments:
         inputs: Float or integer tensor.
+
         mask: As in `FilterResponseNormalization`.
 
     Input shape:

@@ -3,7 +3,6 @@ import configparser
 import doctest
 import importlib
 import inspect
-import io
 import os
 import re
 import subprocess
@@ -184,7 +183,7 @@ def examples():
     for name in (*names, "conversion.schedule"):
         module = importlib.import_module(f"keras_frn.{name}")
         found = finder.find(module, f"keras_frn.{name}")
-        yield from (test for test in found if test.examples or "```python" in test.docstring)
+        yield from (test for test in found if "```python" in test.docstring)
 
 
 @pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
@@ -194,7 +193,7 @@ def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     stack = [keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)]
     head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
-    example.globs = {
+    names = {
         "keras": keras,
         "keras_frn": keras_frn,
         "np": np,
@@ -204,9 +203,7 @@ def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
         "bn_model": keras.Sequential([*stack, keras.layers.BatchNormalization(), *head]),
     }
     for block in re.findall(r"```python\n(.*?)```", inspect.cleandoc(example.docstring), re.DOTALL):
-        exec(block, dict(example.globs))
-    report = io.StringIO()
-    assert doctest.DocTestRunner().run(example, out=report.write).failed == 0, report.getvalue()
+        exec(block, dict(names))
 
 
 def test_nothing_names_this_machine():

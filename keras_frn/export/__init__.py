@@ -58,16 +58,15 @@ def export_tflite(
             float32 copy, mixed precision included. A subclassed one must be in float32 and is
             exported as it is, without equalization.
         path: Path of the file to write, a `str` or `os.PathLike` that ends with `.tflite`.
-        quantization: How the file stores weights and computes, one of
-            None: float32.
-            `"float16"`: weights stored in half precision.
-            `"dynamic"`: 8-bit weights; convolutions scale their inputs for each sample.
-            `"int8"`: tensors and operators in integers, for NPUs and microcontrollers. The report
-            and a warning name the operators that have no integer form.
-            `"int8_float_statistics"`: convolutions and dense layers in 8-bit integers, the rest in
-            float: the robust one.
-            `"int16x8"`: 16-bit activations and 8-bit weights.
-            Defaults to None.
+        quantization: How the file stores weights and computes. Defaults to None, float32.
+
+            - `"float16"`: weights stored in half precision.
+            - `"dynamic"`: 8-bit weights; convolutions scale their inputs for each sample.
+            - `"int8"`: tensors and operators in integers, for NPUs and microcontrollers. The report
+              and a warning name the operators that have no integer form.
+            - `"int8_float_statistics"`: convolutions and dense layers in 8-bit integers, the rest
+              in float.
+            - `"int16x8"`: 16-bit activations and 8-bit weights.
         calibration_data: Inputs like those at inference, without labels; 100 to 500 samples are
             enough, and at most 2048 are used. An array, a list or dict of arrays for several
             inputs, a tuple `(inputs, targets)`, a `tf.data.Dataset`, a `keras.utils.PyDataset`, an
@@ -95,11 +94,12 @@ def export_tflite(
 
     Example:
 
-    >>> report = keras_frn.export_tflite(
-    ...     model, "model.tflite", quantization="int8", calibration_data=images[:50]
-    ... )
-    >>> report.samples
-    50
+    ```python
+    report = keras_frn.export_tflite(
+        model, "model.tflite", quantization="int8", calibration_data=images[:50]
+    )
+    print(report)
+    ```
     """
     path = _check_path(path)
     scheme = _check_preset(quantization, integer_io)
