@@ -22,7 +22,7 @@ from .demo import run
 from .errors import ArgumentError, ArgumentWarning
 from .export import export_tflite
 from .export.presets import PRESETS
-from .health import list_frn_layers, measure_health, plot_health
+from .monitor import list_frn_layers, measure_layers, plot_layers
 from .samples import Samples
 
 __all__ = ["main"]
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(
-        function: Callable[[argparse.Namespace], None],
+        function: Callable[[argparse.Namespace], object],
         name: str,
         help: str,
         names: Mapping[str, str],
@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     help = "train, save, reload, export and compare on real digits"
-    demo = add(_demo, "demo", help, {"output": "--output"})
+    demo = add(lambda given: run(given.output), "demo", help, {"output": "--output"})
     demo.add_argument("--output", default="keras-frn-demo", metavar="DIR", help="an empty folder")
 
     help = "list a model's FRN and TLU layers; with data, show dead channels and epsilons"
@@ -153,22 +153,19 @@ def _shape(text: str) -> tuple[int | None, ...]:
         raise argparse.ArgumentTypeError(f"{rule}. Received: {text}") from None
 
 
-def _demo(arguments: argparse.Namespace) -> None:
-    run(arguments.output)
-
-
 def _inspect(arguments: argparse.Namespace) -> None:
     plot = arguments.plot and _target(arguments.plot, ".png", overwrite=True, argument="--plot")
     if plot and not arguments.data:
         raise ArgumentError("--plot", "must have data to draw. Received: no `--data`. Pass it.")
     model, data = _load(arguments.model), _array(arguments.data, "--data")
-    _print_layers(model)
     if data is None:
+        _print_layers(model)
         return
     if not list_frn_layers(model):
         found = f"Received: {arguments.model}, which has none."
         raise ArgumentError("model", f"must have FRN or TLU layers to show with `--data`. {found}")
-    rows = measure_health(model, Samples(model, data))
+    rows = measure_layers(model, Samples(model, data))
+    _print_layers(model)
     width = max(len(row["layer"]) for row in rows)
     columns = ("at_tau", "dead", "epsilon_ratio", "spread")
     print(f"\n{'':{width}}", *(f"{name:>13}" for name in columns))
@@ -176,7 +173,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         values = (format(row[key], ".3g") if key in row else "" for key in columns)
         print(f"{row['layer']:{width}}", *(f"{value:>13}" for value in values))
     if plot:
-        plot_health(rows, plot)
+        plot_layers(rows, plot)
         print(f"wrote {plot}")
 
 
@@ -241,9 +238,9 @@ def _migrate(arguments: argparse.Namespace) -> None:
     inputs = _array(arguments.check, "--check")
     _existing(arguments.model, "model")
     model = load_addons_model(arguments.model, weights=arguments.weights, tau=arguments.tau)
+    Samples(model, inputs)  # says what does not fit
     _print_layers(model)
     if inputs is not None:
-        Samples(model, inputs)  # says what does not fit
         print(model.predict(inputs, verbose=0))
     _write(model, output)
 

@@ -6,10 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -17,11 +15,9 @@ import numpy as np
 from .errors import ArgumentError
 from .export.runtime import LiteRT
 from .layers import FilterResponseNormalizationTLU
-from .typing import PathLike
+from .typing import Array, PathLike
 
 __all__ = ["Row", "build_model", "digits", "run", "train"]
-
-Array: TypeAlias = np.ndarray[Any, Any]
 
 # A user's program, which imports nothing else to load the file.
 _PREDICT = """
@@ -43,13 +39,6 @@ class Row:
     accuracy: float
     largest_difference: float
     kilobytes: float
-    ms_per_image: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.format:18}{self.accuracy:10.2%}{self.largest_difference:12.1e}"
-            f"{self.kilobytes:8.0f}{self.ms_per_image:10.4f}"
-        )
 
 
 def digits() -> tuple[Array, Array, Array, Array]:
@@ -126,14 +115,16 @@ def run(output: PathLike, *, epochs: int = 24) -> list[Row]:
         partial = Path(folder, "files")
         partial.mkdir()
         expected, rows = model.predict(x_test, verbose=0), []
-        for name, path, predict, logits in _write_formats(model, partial, x_test, expected):
+        for name, path, logits in _write_formats(model, partial, x_test, expected):
             accuracy = float(np.mean(np.argmax(logits, -1) == y_test))
             difference = float(np.max(np.abs(logits - expected)))
-            ms = _time(predict, x_test)
-            rows.append(Row(name, accuracy, difference, _measure_kilobytes(path), ms))
+            rows.append(Row(name, accuracy, difference, _measure_kilobytes(path)))
         _plot(model, history, partial / "training.png")
         os.replace(partial, output)
-    print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}{'ms/image':>10}", *rows, sep="\n")
+    print(f"\n{'':18}{'accuracy':>10}{'difference':>12}{'kB':>8}")
+    for row in rows:
+        numbers = f"{row.accuracy:10.2%}{row.largest_difference:12.1e}{row.kilobytes:8.0f}"
+        print(f"{row.format:18}{numbers}")
     print("difference: the largest one of an output (a logit) from the trained model's")
     print(f"\nWrote {output}: " + ", ".join(sorted(path.name for path in output.iterdir())))
     print(f"Next: keras-frn inspect {output / 'digits.keras'}")
@@ -142,13 +133,12 @@ def run(output: PathLike, *, epochs: int = 24) -> list[Row]:
 
 def _write_formats(
     model: keras.Model, folder: Path, x: Array, expected: Array
-) -> Iterator[tuple[str, Path, Callable[[Array], Any], Array]]:
-    """Writes each format; yields its name, file, function from images to logits, and logits."""
+) -> Iterator[tuple[str, Path, Array]]:
+    """Writes each format; yields its name, its file and its logits."""
     path = folder / "digits.keras"
     model.save(path)
-    yield "trained model", path, model.predict_on_batch, expected
-    reloaded = keras.models.load_model(path)
-    yield ".keras, reloaded", path, reloaded.predict_on_batch, _predict_in_new_process(path, x)
+    yield "trained model", path, expected
+    yield ".keras, reloaded", path, _predict_in_new_process(path, x)
     if keras.backend.backend() != "tensorflow":
         print("SavedModel and LiteRT are exported under the TensorFlow backend.")
         return
@@ -157,11 +147,10 @@ def _write_formats(
     path = folder / "saved_model"
     model.export(path, verbose=False)
     served = tf.saved_model.load(path)
-    yield "SavedModel", path, served.serve, served.serve(x).numpy()
+    yield "SavedModel", path, served.serve(x).numpy()
     path = folder / "digits.tflite"
     model.export(str(path), format="litert", verbose=False)
-    runtime = LiteRT(path)
-    yield "LiteRT", path, runtime, runtime(x)[0]
+    yield "LiteRT", path, LiteRT(path)(x)[0]
 
 
 def _predict_in_new_process(path: Path, x: Array) -> Array:
@@ -170,12 +159,6 @@ def _predict_in_new_process(path: Path, x: Array) -> Array:
         np.save(images, x)
         subprocess.run([sys.executable, "-c", _PREDICT, path, images, result], check=True)
         return np.load(result)
-
-
-def _time(predict: Callable[[Array], Any], x: Array) -> float:
-    """The median time for an image, in milliseconds."""
-    seconds = timeit.repeat(lambda: predict(x), number=1, repeat=20)
-    return 1e3 * float(np.median(seconds)) / len(x)
 
 
 def _measure_kilobytes(path: Path) -> float:

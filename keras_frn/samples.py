@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from . import graph
+from .data_checks import find_doubts
 from .errors import ArgumentError, ArgumentWarning
-from .plausibility import describe_doubts
 from .typing import CalibrationData
 
 __all__ = ["BATCH_SIZE", "MAX_SAMPLES", "Samples"]
@@ -90,7 +90,7 @@ class Samples:
             ends = [(array.min(), array.max()) for array in batch]
             pairs = zip(self.ranges or ends, ends)
             self.ranges = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in pairs]
-        doubts = list(describe_doubts(model, self, self.ranges))
+        doubts = list(find_doubts(model, self, self.ranges))
         if self.count and len(different) < least:
             doubts.append(
                 f"has {len(different)} different samples. Pass 100 or more: so few do not show the "

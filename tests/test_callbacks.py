@@ -9,7 +9,7 @@ from keras import layers
 from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
 from keras_frn.callbacks import EpsilonScheduler, FRNMonitor
 from keras_frn.conversion import replace_batch_normalization
-from keras_frn.health import measure_health
+from keras_frn.monitor import measure_layers
 from keras_frn.samples import Samples
 
 
@@ -299,7 +299,7 @@ def test_monitor_counts_each_sample_once(rng):
     model = keras.Sequential([keras.Input((4, 3)), frn])
     x = rng.normal(size=(40, 4, 3)).astype("float32")
     x[32:] *= 10
-    (row,) = measure_health(model, Samples(model, x))
+    (row,) = measure_layers(model, Samples(model, x))
     mean_square = np.mean(x.astype("float64") ** 2, (0, 1))
     rtol = 1e-5  # sums in float32
     assert row["epsilon_ratio"] == pytest.approx(np.median(1 / mean_square), rtol)

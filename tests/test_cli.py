@@ -137,6 +137,9 @@ def test_migrate_names_its_own_options(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("migrate", old, tmp_path / "new.keras", "--tau", "per_chanel")
     assert run("migrate", old, tmp_path / "new.keras", "--check", tmp_path / "x.npy") == 2
+    printed = capsys.readouterr()
+    assert "`--check` must have the shape" in printed.err
+    assert not printed.out
     assert not (tmp_path / "new.keras").exists()
 
 
@@ -244,7 +247,9 @@ def test_errors_of_inspect(files, capsys, monkeypatch, arguments, message):
     keras.models.load_model(files / "frn.keras").save_weights(files / "weights.weights.h5")
     monkeypatch.chdir(files)
     assert run("inspect", *arguments) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out, "what is wrong is said before anything else"
 
 
 def test_inspect_and_convert_point_at_each_other(files, capsys):

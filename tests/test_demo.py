@@ -17,7 +17,7 @@ def test_a_short_demo(tmp_path, capsys):
     for row in rows:
         assert row.accuracy > 0.6  # three epochs of twenty-four: about 80 %; by chance 10 %
         assert row.largest_difference < 1e-4  # of logits of about 10
-        assert row.ms_per_image > 0
+        assert row.kilobytes > 0
     assert rows[1].largest_difference < 1e-5
     folder = tmp_path / "new" / "folder"
     assert (folder / "training.png").stat().st_size > 10_000

@@ -71,9 +71,9 @@ ROOMS = [
     {"ops"},
     {"layers"},
     {"graph"},
-    {"models", "plausibility"},
+    {"data_checks", "models"},
     {"samples"},
-    {"health"},
+    {"monitor"},
     {"addons", "conversion", "export"},
     {"callbacks"},
     {"demo"},
@@ -179,7 +179,7 @@ def requirements():
 def examples():
     """The examples in docstrings; those of `addons` need files and are run by its own tests."""
     finder = doctest.DocTestFinder(exclude_empty=False)
-    names = ("layers", "ops", "constraints", "callbacks", "models", "conversion", "export")
+    names = ("layers", "ops", "constraints", "monitor", "models", "conversion", "export")
     for name in (*names, "conversion.schedule"):
         module = importlib.import_module(f"keras_frn.{name}")
         found = finder.find(module, f"keras_frn.{name}")

@@ -8,11 +8,11 @@ import numpy as np
 
 from . import graph
 
-__all__ = ["describe_doubts"]
+__all__ = ["find_doubts"]
 
 # Layers at a model's inputs that show what inputs it was made for: after them the standard
 # deviation is about one, and 255 times that for images that were not divided by 255.
-_KNOWING = (
+_SCALING = (
     keras.layers.Normalization,
     keras.layers.Rescaling,
     keras.layers.BatchNormalization,
@@ -20,7 +20,7 @@ _KNOWING = (
 _LEAST, _MOST = 0.02, 20
 
 
-def describe_doubts(
+def find_doubts(
     model: keras.Model, batches: Iterable[list[Any]], ranges: Sequence[tuple[Any, Any]]
 ) -> Iterator[str]:
     """Sentences about inputs that are the same everywhere, or not what the first layers expect.
@@ -38,7 +38,7 @@ def describe_doubts(
         return
     wiring = graph.Wiring(model)
     for call in wiring.calls:
-        if type(call.layer) not in _KNOWING or call.inputs[0] not in wiring.inputs:
+        if type(call.layer) not in _SCALING or call.inputs[0] not in wiring.inputs:
             continue
         i = wiring.inputs.index(call.inputs[0])
         outputs = [keras.ops.convert_to_numpy(call.layer(batch[i])) for batch in batches]
