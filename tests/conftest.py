@@ -3,9 +3,14 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
+
+# The same few examples in each run. The first one compiles programs, so that none has a deadline.
+hypothesis.settings.register_profile("few", max_examples=20, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("few")
 
 
 @pytest.fixture(autouse=True)

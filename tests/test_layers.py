@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import pytest
 from backends import float64_enabled, layer_gradients, numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from keras.src.testing import TestCase
 from reference import INPUT_GRADIENT, PARAMETER_GRADIENT, VALUE, close, frn_tlu
 
@@ -33,17 +35,26 @@ TLU_OPTIONS = [
     pytest.param({"jit_compile": True}, 1, id="compiled"),
     pytest.param({"tau_regularizer": "l2", "tau_constraint": "non_neg"}, 1, id="regularized"),
 ]
-RANKS = pytest.mark.parametrize(
-    "shape", [(2, 5, 4), (2, 5, 3, 4), (2, 3, 5, 3, 4)], ids=["series", "image", "volume"]
-)
+# Each option for images; series and volumes with the first.
+IMAGE, OTHERS = (2, 5, 3, 4), {"series": (2, 5, 4), "volume": (2, 3, 5, 3, 4)}
+
+
+def with_shapes(options):
+    first = options[0].values
+    return pytest.mark.parametrize(
+        ("options", "weights", "shape"),
+        [pytest.param(*o.values, IMAGE, id=o.id) for o in options]
+        + [pytest.param(*first, shape, id=name) for name, shape in OTHERS.items()],
+    )
+
+
 # Keras' own test feeds `fit` from a generator.
 keras_layer_test = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 
 
 @keras_layer_test
-@RANKS
 @pytest.mark.parametrize("cls", FRN_LAYERS)
-@pytest.mark.parametrize(("options", "weights"), FRN_OPTIONS)
+@with_shapes(FRN_OPTIONS)
 def test_keras_layer_test_of_frn(cls, options, weights, shape):
     TestCase().run_layer_test(
         cls,
@@ -59,8 +70,7 @@ def test_keras_layer_test_of_frn(cls, options, weights, shape):
 
 
 @keras_layer_test
-@RANKS
-@pytest.mark.parametrize(("options", "weights"), TLU_OPTIONS)
+@with_shapes(TLU_OPTIONS)
 def test_keras_layer_test_of_tlu(options, weights, shape):
     TestCase().run_layer_test(
         TLU,
@@ -88,20 +98,20 @@ def random_weights(layer, rng):
     return {w.name: numpy(w) for w in layer.weights}
 
 
-@pytest.mark.parametrize("jit_compile", [None, False, True])
-@pytest.mark.parametrize(("axis", "shape"), [(-1, (2, 6, 7, 3)), (1, (2, 3, 6, 7))])
-@pytest.mark.parametrize("learned", [False, True, "per_channel"])
-def test_layer_computes_the_reference(learned, axis, shape, jit_compile, rng):
+def check_layer(shape, axis=-1, learned=False, mask=None, **options):
+    """A fused layer with random weights against the reference, with the gradients of each."""
+    rng = np.random.default_rng(0)
     x, upstream = rng.normal(size=(2, *shape)).astype("float32")
     layer = FilterResponseNormalizationTLU(
-        axis=axis, epsilon=0.01, learned_epsilon=learned, affine=True, jit_compile=jit_compile
+        axis=axis, epsilon=0.01, learned_epsilon=learned, **options
     )
     layer.build(shape)
     weights = random_weights(layer, rng)
     learned_epsilon = weights.pop("learned_epsilon", np.zeros(1))
-    z, found = layer_gradients(layer, x, upstream)
+    z, found = layer_gradients(layer, x, upstream, mask=mask)
+    epsilon = 0.01 + np.abs(learned_epsilon)
     expected, expected_gradients = frn_tlu(
-        x, **weights, epsilon=0.01 + np.abs(learned_epsilon), axis=axis, upstream=upstream
+        x, **weights, epsilon=epsilon, axis=axis, mask=mask, upstream=upstream
     )
     close(z, expected, VALUE)
     close(found["x"], expected_gradients["x"], INPUT_GRADIENT)
@@ -112,6 +122,27 @@ def test_layer_computes_the_reference(learned, axis, shape, jit_compile, rng):
         if learned is True:
             expected_epsilon = expected_epsilon.sum(keepdims=True)
         close(found["learned_epsilon"], expected_epsilon, PARAMETER_GRADIENT)
+
+
+@settings(max_examples=10)
+@given(
+    st.lists(st.integers(2, 7), min_size=3, max_size=5),
+    st.integers(1, 4),
+    st.sampled_from([False, True, "per_channel"]),
+    st.fixed_dictionaries({name: st.booleans() for name in ("center", "scale", "affine")}),
+    st.booleans(),
+)
+def test_layer_computes_the_reference(shape, axis, learned, options, is_masked):
+    axis = axis if axis < len(shape) else -1
+    mask = None
+    if is_masked:
+        mask = np.arange(shape[0]) < shape[0] - 1  # the last sample does not count
+    check_layer(shape, axis, learned, mask, **options)
+
+
+@pytest.mark.parametrize(("learned", "axis"), [(False, -1), (True, 1), ("per_channel", -1)])
+def test_compiled_layer_computes_the_reference(learned, axis):
+    check_layer((2, 6, 7, 3), axis, learned, affine=True, jit_compile=True)
 
 
 def test_fused_equals_the_two_layers(rng):
@@ -183,10 +214,27 @@ def test_config_round_trip(cls):
         config = layer.get_config()
         layer.build((None, 5, 4))
         assert layer.get_config() == config, "build must not change the config"
-        assert cls.from_config(config).get_config() == config
+        for copy in (cls.from_config(config), cls(**config)):
+            assert copy.get_config() == config
         for name, value in options.items():
             if not name.endswith(("regularizer", "constraint")):
                 assert config[name] == value
+
+
+FLAGS = {
+    FilterResponseNormalization: ("learned_epsilon", "center", "scale", "jit_compile"),
+    TLU: ("affine", "jit_compile"),
+}
+
+
+@pytest.mark.parametrize(("cls", "flag"), [(c, flag) for c in FLAGS for flag in FLAGS[c]])
+def test_flags_are_bools_numpys_too(cls, flag):
+    for value in (np.True_, np.False_):
+        config = cls(**{flag: value}).get_config()
+        assert config[flag] is bool(value)  # a file takes no bool of NumPy
+    for wrong in ("no", 1, 0.0):
+        with pytest.raises(ValueError, match=f"`{flag}` must be one of .*Received: {flag}="):
+            cls(**{flag: wrong})
 
 
 @pytest.mark.parametrize("cls", LAYERS)

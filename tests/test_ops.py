@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND, float64_enabled, gradients, numpy
+from hypothesis import given
+from hypothesis import strategies as st
 from reference import INPUT_GRADIENT, PARAMETER_GRADIENT, VALUE, close, frn_tlu
 
 import keras_frn
@@ -11,19 +13,6 @@ import keras_frn
 frn = keras_frn.ops.filter_response_normalization
 tlu = keras_frn.ops.tlu
 frn_tlu_op = keras_frn.ops.filter_response_normalization_tlu
-
-SHAPES = [
-    pytest.param((4, 6), -1, id="rank 2, one position"),
-    pytest.param((3, 17, 5), -1, id="rank 3, a series"),
-    pytest.param((2, 7, 9, 5), -1, id="rank 4, an image, odd sizes"),
-    pytest.param((2, 5, 9, 7), 1, id="rank 4, channels first"),
-    pytest.param((2, 9, 5, 7), 2, id="rank 4, channels in the middle"),
-    pytest.param((2, 3, 4, 5, 6), -1, id="rank 5, a volume"),
-    pytest.param((2, 6, 3, 4, 5), -4, id="rank 5, channels first, negative axis"),
-    pytest.param((1, 1, 1, 3), -1, id="batch 1, one position"),
-    pytest.param((2, 4, 4, 1), -1, id="one channel"),
-    pytest.param((2, 64, 64, 3), -1, id="4,096 positions"),
-]
 
 
 def parameters(rng, channels):
@@ -40,55 +29,48 @@ def only(weights, *names):
     return {name: weights[name] for name in names}
 
 
-def check(function, x, weights, upstream, expected_options, axis, mask=None, **options):
+@st.composite
+def cases(draw):
+    """An input of any rank and size, its channel axis, an epsilon, and a mask or none."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=2, max_size=5)))
+    rank = len(shape)
+    axis = draw(st.integers(1, rank - 1))
+    # What is masked throughout has r = 1 / sqrt(epsilon), which is about 1 here to keep the scale.
+    is_masked = draw(st.booleans())
+    epsilons = st.sampled_from([0.5, 2.0] if is_masked else [1e-6, 1e-3, 0.5, 2.0])
+    channels = shape[axis]
+    epsilon = draw(epsilons | st.lists(epsilons, min_size=channels, max_size=channels))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    sizes = [size for i, size in enumerate(shape) if i != axis]
+    sizes = sizes[: draw(st.integers(1, rank - 1))]  # of each position, of each row, of a sample
+    mask = rng.random(sizes) < draw(st.sampled_from([0.0, 0.6, 1.0])) if is_masked else None
+    # About 1, so that r is, too: in the gradient of x numbers of this size cancel.
+    x = rng.uniform(0.5, 2.0, shape) * rng.choice([-1, 1], shape)
+    axis -= rank * draw(st.booleans())
+    return x.astype("float32"), {"axis": axis, "epsilon": epsilon, "mask": mask}, rng
+
+
+WEIGHTS = [(), ("gamma",), ("beta",), ("gamma", "beta")]
+THRESHOLDS = [(), ("tau",), ("tau", "alpha")]
+
+
+@given(cases(), st.sampled_from(WEIGHTS), st.sampled_from(THRESHOLDS))
+def test_values_and_gradients(case, names, thresholds):
+    x, options, rng = case
+    weights = only(parameters(rng, x.shape[options["axis"]]), *names, *thresholds)
+    upstream = rng.normal(size=x.shape).astype("float32")
+    missing = {} if not thresholds else {"gamma": None, "beta": None}
+    op = frn_tlu_op if thresholds else frn
     z, found = gradients(
-        lambda x, **w: function(x, **w, axis=axis, mask=mask, **options),
+        lambda x, **weights: op(x, **{**missing, **weights}, **options),
         {"x": x, **weights},
         upstream,
     )
-    expected, expected_gradients = frn_tlu(
-        x, **weights, axis=axis, mask=mask, upstream=upstream, **expected_options
-    )
+    expected, expected_gradients = frn_tlu(x, **weights, **options, upstream=upstream)
     close(z, expected, VALUE)
     close(found["x"], expected_gradients["x"], INPUT_GRADIENT)
     for name in weights:
-        close(found[name].reshape(-1), np.reshape(expected_gradients[name], -1), PARAMETER_GRADIENT)
-
-
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_values_and_gradients(shape, axis, rng):
-    x, upstream = rng.normal(0.5, 2.0, (2, *shape)).astype("float32")
-    weights = parameters(rng, shape[axis])
-    # With one position the gradient of x vanishes as epsilon does; the paper learns it there.
-    options = {"epsilon": 0.1 if np.prod(shape) == shape[0] * shape[axis] else 1e-6}
-    for names in (("gamma", "beta"), ("gamma",), ("beta",), ()):
-        check(frn, x, only(weights, *names), upstream, options, axis, **options)
-    for names in (("gamma", "beta", "tau"), ("gamma", "beta", "tau", "alpha")):
-        check(
-            frn_tlu_op,
-            x,
-            only(weights, *names),
-            upstream,
-            options,
-            axis,
-            **options,
-        )
-
-
-@pytest.mark.parametrize("missing", ["gamma", "beta"])
-def test_fused_without_gamma_or_beta(missing, rng):
-    x, upstream = rng.normal(size=(2, 2, 6, 5, 3)).astype("float32")
-    weights = parameters(rng, 3)
-    present = {"beta": "gamma", "gamma": "beta"}[missing]
-    z, found = gradients(
-        lambda x, tau, **w: frn_tlu_op(x, tau=tau, **w, **{missing: None}),
-        {"x": x, **only(weights, present, "tau")},
-        upstream,
-    )
-    expected, expected_gradients = frn_tlu(x, **only(weights, present, "tau"), upstream=upstream)
-    close(z, expected, VALUE)
-    for name in found:
-        close(found[name], expected_gradients[name], INPUT_GRADIENT)
+        close(found[name], expected_gradients[name], PARAMETER_GRADIENT)
 
 
 def test_epsilon_as_number_sequence_and_tensor(rng):
@@ -105,37 +87,6 @@ def test_epsilon_as_number_sequence_and_tensor(rng):
         per_channel = expected["epsilon"]
         expected_epsilon = per_channel if epsilon.size == 3 else per_channel.sum(keepdims=True)
         close(found["epsilon"], expected_epsilon, PARAMETER_GRADIENT)
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis", "mask_shape"),
-    [
-        pytest.param((3, 9, 4), -1, (3, 9), id="series"),
-        pytest.param((3, 9, 6, 4), -1, (3, 9, 6), id="image, per position"),
-        pytest.param((3, 9, 6, 4), -1, (3, 9), id="image, per row"),
-        pytest.param((3, 9, 6, 4), -1, (3,), id="image, per sample"),
-        pytest.param((3, 4, 9, 6), 1, (3, 9, 6), id="channels first"),
-        pytest.param((3, 4, 9, 6), 1, (3, 9), id="channels first, per row"),
-    ],
-)
-def test_mask(shape, axis, mask_shape, rng):
-    x, upstream = rng.normal(size=(2, *shape)).astype("float32")
-    mask = rng.random(mask_shape) < 0.6
-    mask[0], mask[2] = True, False  # all kept, some kept, none kept
-    # Nothing is kept of the last sample: its r is 1 / sqrt(epsilon), 1 here to keep the scale.
-    options = {"epsilon": 1.0}
-    weights = parameters(rng, shape[axis])
-    for op, names in ((frn, ("gamma", "beta")), (frn_tlu_op, ("gamma", "beta", "tau"))):
-        check(
-            op,
-            x,
-            only(weights, *names),
-            upstream,
-            options,
-            axis,
-            mask,
-            **options,
-        )
 
 
 def test_masked_values_do_not_count(rng):
@@ -187,36 +138,38 @@ def test_fused_tlu_is_exact_for_every_tau(tau, rng):
     np.testing.assert_allclose(z, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("axis", "tau_shape"),
-    [
-        (-1, (5,)),
-        (1, (3,)),
-        ((1, 2, 3), (3, 4, 5)),
-        ((3, 1), (3, 5)),
-        ((2,), (4,)),
-        ([1, -1], (3, 5)),
-    ],
+@given(
+    st.lists(st.integers(1, 7), min_size=2, max_size=5),
+    st.sets(st.integers(1, 4), min_size=1),
+    st.sampled_from([tuple, list, lambda axes: axes[0]]),
+    st.booleans(),
+    st.booleans(),
 )
-@pytest.mark.parametrize("affine", [False, True])
-def test_tlu_axes(axis, tau_shape, affine, rng):
-    x, upstream = rng.normal(size=(2, 2, 3, 4, 5)).astype("float32")
-    axes = sorted(a % 4 for a in (axis if isinstance(axis, (list, tuple)) else (axis,)))
-    weights = {"tau": rng.normal(size=tau_shape).astype("float32")}
-    if affine:
-        weights["alpha"] = rng.normal(size=tau_shape).astype("float32")
-    shape = [x.shape[a] if a in axes else 1 for a in range(4)]
-    slope = weights["alpha"].reshape(shape) * x if affine else 0.0
-    line = slope + weights["tau"].reshape(shape)
-    below = line > x
+def test_tlu_axes(shape, axes, kind, is_negative, affine):
+    """In any order, counted from the end or not, as an int, a tuple or a list."""
+    rank = len(shape)
+    axes = [axis for axis in axes if axis < rank][::-1] or [1]
+    axis = kind([a - rank * is_negative for a in axes])
+    axes = sorted(axes) if isinstance(axis, (tuple, list)) else axes[:1]
+    rng = np.random.default_rng(0)
+    x, upstream = rng.normal(size=(2, *shape)).astype("float32")
+    names = ("tau", "alpha") if affine else ("tau",)
+    sizes = [shape[a] for a in axes]
+    weights = {name: rng.normal(size=sizes).astype("float32") for name in names}
     z, found = gradients(lambda x, **w: tlu(x, **w, axis=axis), {"x": x, **weights}, upstream)
+    along = [size if a in axes else 1 for a, size in enumerate(shape)]
+    tau, slope = (
+        np.reshape(weights.get(name, 0.0 * weights["tau"]), along) for name in ("tau", "alpha")
+    )
+    line = slope * x.astype("float64") + tau
+    below = line > x
     close(z, np.where(below, line, x), VALUE)
-    others = tuple(a for a in range(4) if a not in axes)
-    close(found["tau"], np.where(below, upstream, 0).astype("float64").sum(others), 1e-5)
-    slope = weights["alpha"].reshape(shape) if affine else 0.0
     close(found["x"], np.where(below, slope * upstream, upstream), VALUE)
+    others = tuple(a for a in range(rank) if a not in axes)
+    expected = np.where(below, upstream.astype("float64"), 0)
+    close(found["tau"], expected.sum(others), PARAMETER_GRADIENT)
     if affine:
-        close(found["alpha"], np.where(below, upstream * x, 0).astype("float64").sum(others), 1e-5)
+        close(found["alpha"], (expected * x).sum(others), PARAMETER_GRADIENT)
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0])

@@ -1,6 +1,8 @@
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keras_frn.samples import BATCH_SIZE, MAX_SAMPLES, Samples
 
@@ -21,19 +23,21 @@ def joined(samples):
 
 
 class Batches(keras.utils.PyDataset):
-    """Eight samples and targets a batch; infinite where the number is None."""
+    """Samples and targets; without end if no size is given."""
 
-    def __init__(self, x, number):
+    def __init__(self, x, size=None):
         super().__init__()
-        self.x, self.number = x, number
+        self.x, self.size = x, size
 
     @property
     def num_batches(self):
-        return self.number
+        return self.size and -(-len(self.x) // self.size)
 
     def __getitem__(self, index):
-        start = index * 8 % len(self.x)
-        return self.x[start : start + 8], np.zeros(8)
+        size = self.size or 8
+        start = index * size % len(self.x)
+        part = self.x[start : start + size]
+        return part, np.zeros(len(part))
 
 
 class Readable:
@@ -46,32 +50,44 @@ class Readable:
         return self.x[rows]
 
 
+# Of all samples and a batch size.
 KINDS = {
-    "array": lambda x: x,
-    "float64": lambda x: x.astype("float64"),
-    "what can be sliced": Readable,
-    "list of one array": lambda x: [x],
-    "list of batches": lambda x: [x[:30], x[30:]],
-    "list of samples": list,
-    "inputs and targets": lambda x: (x, np.zeros(40)),
-    "inputs and masks of the same shape": lambda x: (x, np.ones_like(x)),
-    "generator function, as TFLite's guides write it": lambda x: lambda: ([row[None]] for row in x),
-    "generator of pairs": lambda x: ((x[i : i + 8], np.zeros(8)) for i in range(0, 40, 8)),
-    "PyDataset": lambda x: Batches(x, 5),
-    "backend tensor": keras.ops.convert_to_tensor,
+    "array": lambda x, n: x,
+    "float64": lambda x, n: x.astype("float64"),
+    "what can be sliced": lambda x, n: Readable(x),
+    "list of one array": lambda x, n: [x],
+    "list of batches": lambda x, n: batches(x, n),
+    "list of samples": lambda x, n: list(x),
+    "inputs and targets": lambda x, n: (x, np.zeros(len(x))),
+    "inputs and masks of the same shape": lambda x, n: (x, np.ones_like(x)),
+    "inputs, targets and weights": lambda x, n: (x, np.zeros(len(x)), np.ones(len(x))),
+    "generator function, as TFLite's guides write it": lambda x, n: (
+        lambda: ([row[None]] for row in x)
+    ),
+    "generator of pairs": lambda x, n: ((part, np.zeros(len(part))) for part in batches(x, n)),
+    "PyDataset": lambda x, n: Batches(x, n),
+    "backend tensor": lambda x, n: keras.ops.convert_to_tensor(x),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_gives_the_same_samples_each_time(kind, model, rng):
-    x = rng.normal(size=(40, 4)).astype("float32")
-    samples = Samples(model, KINDS[kind](x))
-    assert samples.count == 40
+def batches(x, size):
+    return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+@settings(max_examples=5 * len(KINDS))
+@given(st.sampled_from(list(KINDS)), st.integers(1, 99), st.integers(1, 70))
+def test_every_kind_gives_the_same_samples_each_time(kind, count, size):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Flatten()])
+    x = np.random.default_rng(0).normal(size=(count, 4)).astype("float32")
+    samples = Samples(model, KINDS[kind](x, size))
+    assert samples.count == count
     for _ in range(2):
         (array,) = joined(samples)
         np.testing.assert_array_equal(array, x)
         assert array.dtype == "float32"
         assert max(len(batch[0]) for batch in samples) <= BATCH_SIZE
+    low, high = samples.ranges[0]
+    assert (low, high) == (x.min(), x.max())
 
 
 def test_datasets_of_tensorflow(model, rng):
@@ -100,7 +116,7 @@ def test_several_inputs_in_the_order_of_the_model(two_inputs, rng):
 
 def test_no_more_than_the_largest_number_is_read(model, rng):
     x = rng.normal(size=(64, 4)).astype("float32")
-    assert Samples(model, Batches(x, None)).count == MAX_SAMPLES
+    assert Samples(model, Batches(x)).count == MAX_SAMPLES
     samples = Samples(model, np.broadcast_to(x[:1], (3 * MAX_SAMPLES, 4)))
     assert samples.count == sum(len(batch[0]) for batch in samples) == MAX_SAMPLES
 
