@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from keras_frn import load_addons_model
 from keras_frn.errors import ArgumentError
 
+pytestmark = pytest.mark.once
 MODELS = Path(__file__).parent / "addons_models"
 FILES = ("model.h5", "model.keras", "saved_model.zip", "ckpt")
 VALUES = (None, True, 0, -1, 3, 0.5, "", "x", "../../etc/passwd", [], {}, [None], [[]])

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -13,7 +14,8 @@ from keras_frn.monitor import measure_layers
 from keras_frn.samples import Samples
 
 
-def _converted(rng, ratio=3.0):
+@functools.cache
+def _conversion(ratio):
     block = keras.Sequential(
         [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.BatchNormalization(name="inner")]
     )
@@ -26,8 +28,14 @@ def _converted(rng, ratio=3.0):
             layers.Dense(2),
         ]
     )
-    x = rng.normal(size=(16, 8, 8, 3)).astype("float32")
-    model = replace_batch_normalization(model, calibration_data=x, epsilon_ratio=ratio)
+    x = np.random.default_rng(0).normal(size=(16, 8, 8, 3)).astype("float32")
+    return replace_batch_normalization(model, calibration_data=x, epsilon_ratio=ratio), x
+
+
+def _converted(ratio=3.0):
+    converted, x = _conversion(ratio)
+    model = keras.models.clone_model(converted)
+    model.set_weights(converted.get_weights())
     model.compile(keras.optimizers.SGD(0.0), "mse")
     return model, x, np.zeros((16, 2))
 
@@ -40,8 +48,8 @@ def _ratio(model):
     return float(numpy(_layers(model)[0].epsilon_ratio)[0])
 
 
-def test_the_ratio_goes_down_and_nothing_else_changes(rng):
-    model, x, y = _converted(rng, ratio=2.0)
+def test_the_ratio_goes_down_and_nothing_else_changes():
+    model, x, y = _converted(ratio=2.0)
     weights = [w.copy() for w in model.get_weights()]
     schedule = EpsilonScheduler(steps=4, initial_ratio=2.0, final_ratio=0.5)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[schedule])
@@ -55,8 +63,8 @@ def test_the_ratio_goes_down_and_nothing_else_changes(rng):
             np.testing.assert_array_equal(value, before)
 
 
-def test_a_typical_output_keeps_its_size(rng):
-    model, x, y = _converted(rng)
+def test_a_typical_output_keeps_its_size():
+    model, x, y = _converted()
     inner, _ = _layers(model)
     typical = np.sqrt(numpy(inner.mean_square))[None, None, None]
     before = numpy(inner(typical))
@@ -92,8 +100,9 @@ def _fit(model, x, y, callbacks, epochs=3, batch_size=2):
     model.fit(x, y, batch_size=batch_size, callbacks=list(callbacks), **options)
 
 
-def _uninterrupted(rng):
-    model, x, y = _converted(rng)
+@functools.cache
+def _uninterrupted():
+    model, x, y = _converted()
     start = model.get_weights()
     model.compile(keras.optimizers.Adam(1e-3), "mse")
     _fit(model, x, y, [EpsilonScheduler(**STEPS)])
@@ -102,8 +111,8 @@ def _uninterrupted(rng):
 
 @pytest.mark.parametrize("saves_first", [False, True])
 @pytest.mark.parametrize("save_freq", ["epoch", 4])
-def test_a_training_that_is_killed_goes_on_where_it_was(save_freq, saves_first, rng, tmp_path):
-    whole, start, x, y = _uninterrupted(rng)
+def test_a_training_that_is_killed_goes_on_where_it_was(save_freq, saves_first, tmp_path):
+    whole, start, x, y = _uninterrupted()
     model = keras.models.clone_model(whole)
     for callbacks in ([Kill(12)], []):
         model.set_weights(start)
@@ -120,8 +129,8 @@ def test_a_training_that_is_killed_goes_on_where_it_was(save_freq, saves_first, 
         assert _ratio(model) == _expected(28)
 
 
-def test_a_training_goes_on_after_saving_and_loading(rng, tmp_path):
-    whole, start, x, y = _uninterrupted(rng)
+def test_a_training_goes_on_after_saving_and_loading(tmp_path):
+    whole, start, x, y = _uninterrupted()
     model = keras.models.clone_model(whole)
     model.set_weights(start)
     model.compile(keras.optimizers.Adam(1e-3), "mse")
@@ -133,8 +142,8 @@ def test_a_training_goes_on_after_saving_and_loading(rng, tmp_path):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_second_training_goes_on_after_compile_and_ends_at_the_last_ratio(rng):
-    model, x, y = _converted(rng)
+def test_a_second_training_goes_on_after_compile_and_ends_at_the_last_ratio():
+    model, x, y = _converted()
     schedule = EpsilonScheduler(**STEPS)
     for epochs, expected in ((2, 16), (1, 24), (3, 40)):
         model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -155,8 +164,8 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_only_the_schedule_changes_what_it_needs(kind, rng):
-    model, x, y = _converted(rng)
+def test_only_the_schedule_changes_what_it_needs(kind):
+    model, x, y = _converted()
     mean_square = numpy(_layers(model)[0].mean_square)
     model.compile(keras.optimizers.Adam(**{"learning_rate": 1e-3, **OPTIMIZERS[kind]}), "mse")
     callbacks = [EpsilonScheduler(**STEPS)]
@@ -169,15 +178,15 @@ def test_only_the_schedule_changes_what_it_needs(kind, rng):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it there")
 @pytest.mark.parametrize("number", [2, 3, 8])
-def test_batches_count_where_several_are_one_execution(number, rng):
-    model, x, y = _converted(rng)
+def test_batches_count_where_several_are_one_execution(number):
+    model, x, y = _converted()
     model.compile(keras.optimizers.SGD(0.0), "mse", steps_per_execution=number)
     _fit(model, x, y, [EpsilonScheduler(**STEPS)], epochs=2)
     assert _ratio(model) == _expected(16)
 
 
-def test_frozen_layers_follow_the_schedule(rng):
-    model, x, y = _converted(rng)
+def test_frozen_layers_follow_the_schedule():
+    model, x, y = _converted()
     model.layers[0].trainable = False
     model.compile("sgd", "mse")
     _fit(model, x, y, [EpsilonScheduler(**STEPS)], epochs=1)
@@ -199,7 +208,7 @@ def test_schedule_of_a_model_that_fit_builds(is_late, rng):
 
 
 def test_a_model_without_a_ratio_is_refused(rng):
-    model, x, y = _converted(rng, ratio=0.0)
+    model, x, y = _converted(ratio=0.0)
     with pytest.raises(ValueError, match="`model` must have FRN layers with an `epsilon_ratio`"):
         model.fit(x, y, verbose=0, callbacks=[EpsilonScheduler(steps=2)])
     frn = FilterResponseNormalization(learned_epsilon="per_channel")

@@ -38,8 +38,6 @@ def test_no_shape_is_compiled_twice():
     for record in json.loads(result.stdout):
         assert record["programs"] > 0, "what the count is to see"
         assert record["more programs"] == 0, record
-        # A program takes some MB; 56 further calls of each model take none.
-        assert record["more MB"] < 5, record
 
 
 @jax_only

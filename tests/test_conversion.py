@@ -10,6 +10,7 @@ from keras_frn.conversion import calibration, replace_batch_normalization
 from keras_frn.export.inference_form import InferenceCopy
 from keras_frn.layers import TLU, FilterResponseNormalization, read_epsilon
 
+pytestmark = pytest.mark.once
 # With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever
 # the structure, the converted model must then give what the original gives.
 FIXED_SCALE = 1e8
@@ -171,6 +172,7 @@ def _all_layers(model):
             yield from _all_layers(layer)
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
 def test_every_structure_keeps_its_function(build, rng):
     model = _trained(build(), rng)
@@ -248,6 +250,7 @@ def test_a_single_position_is_never_forced_to_unit_energy(rng):
         assert (y.max(0) > 3 * y.min(0)).all()
 
 
+@pytest.mark.each_backend
 def test_calibrated_layers_have_the_mean_and_deviation_of_the_original(rng):
     model = _trained(_residual(), rng)
     x = rng.normal(1.0, 2.0, size=(40, 8, 8, 3)).astype("float32")
@@ -275,6 +278,7 @@ def test_calibration_does_not_depend_on_the_batch_size(rng):
             close(actual, expected, 1e-4)  # kernels of other batch sizes round differently
 
 
+@pytest.mark.each_backend
 def test_calibration_follows_shared_layers_and_several_inputs(rng):
     model = _trained(_shared(), rng)
     x = {"a": rng.normal(size=(9, 5, 5, 3)), "b": rng.normal(size=(9, 6, 4, 3))}
@@ -346,6 +350,7 @@ def test_a_layer_runs_as_often_however_deep_the_network_is(is_shared, rng):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.each_backend
 def test_values_in_files_are_those_in_memory(rng, monkeypatch):
     model = _trained(_shared(), rng)
     x = _input(model, rng, size=40)
@@ -355,6 +360,7 @@ def test_values_in_files_are_those_in_memory(rng, monkeypatch):
         np.testing.assert_array_equal(actual, value)
 
 
+@pytest.mark.each_backend
 def test_masked_positions_do_not_calibrate(rng):
     inputs = keras.Input((None,), dtype="int32")
     x = layers.Embedding(9, 4, mask_zero=True)(inputs)
@@ -373,6 +379,7 @@ class SpoilsZeros(layers.Layer):
         return x * x / x
 
 
+@pytest.mark.each_backend
 def test_a_nan_under_a_mask_does_not_calibrate(rng):
     inputs = keras.Input((None, 4))
     x = SpoilsZeros()(layers.Masking(-1.0)(inputs))  # what is masked becomes 0
@@ -384,6 +391,7 @@ def test_a_nan_under_a_mask_does_not_calibrate(rng):
         close(actual, expected, 1e-5)
 
 
+@pytest.mark.each_backend
 def test_a_channel_without_signal_stays_finite(rng):
     model = keras.Sequential([keras.Input((4, 4, 2)), layers.BatchNormalization()])
     model.layers[0].moving_variance.assign([0.0, 1.0])
@@ -401,6 +409,7 @@ def test_a_compiled_functional_model_becomes_uncompiled():
     assert not _convert(model).compiled
 
 
+@pytest.mark.each_backend
 def test_frozen_layers_stay_frozen_and_compiled_models_become_uncompiled(rng):
     model = _nested()
     model.layers[0].trainable = False
@@ -413,6 +422,7 @@ def test_frozen_layers_stay_frozen_and_compiled_models_become_uncompiled(rng):
     assert model.compiled
 
 
+@pytest.mark.each_backend
 def test_regularizers_constraints_and_dtype_pass_on():
     bn = layers.BatchNormalization(
         gamma_regularizer="l2", beta_constraint="non_neg", dtype="mixed_float16", axis=1
@@ -447,6 +457,7 @@ def test_layers_that_were_adapted_to_data_keep_it(rng):
     close(_convert(model, epsilon_ratio=FIXED_SCALE)(x), model(x), ROUNDING)
 
 
+@pytest.mark.each_backend
 def test_the_result_is_saved_and_loaded(rng, tmp_path):
     model = _trained(_residual(), rng)
     x = _input(model, rng)
@@ -593,6 +604,7 @@ def _left_in(model):
     return [x for x in model._flatten_layers() if isinstance(x, layers.BatchNormalization)]
 
 
+@pytest.mark.each_backend
 def test_layers_that_hold_others_are_opened(rng, tmp_path):
     model = _train_inside(_blocks(None, None), rng)
     model.get_layer("block0").conv.trainable = False
@@ -639,6 +651,7 @@ def test_a_subclass_of_batch_normalization_is_named():
         _convert(keras.Sequential(stack))
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("is_calibrated", [False, True])
 @pytest.mark.parametrize("steps", [3, None])
 def test_what_is_applied_to_each_step_of_time_is_converted(steps, is_calibrated, rng, tmp_path):
@@ -715,6 +728,7 @@ def test_a_class_that_is_lost_is_named_and_what_does_not_change_is_kept(rng, tmp
     np.testing.assert_array_equal(loaded(x), converted(x))
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("relu", [keras.ops.relu, keras.activations.relu])
 def test_a_relu_that_is_an_operation_becomes_tlu(relu, rng, tmp_path):
     inputs = keras.Input((5, 4))
@@ -730,6 +744,7 @@ def test_a_relu_that_is_an_operation_becomes_tlu(relu, rng, tmp_path):
     assert [row.reason for row in rows if row.action == "kept"] == ["not asked for"]
 
 
+@pytest.mark.each_backend
 def test_a_preprocessor_is_applied_to_the_data_and_named(rng):
     model = _trained(_residual(), rng)
     model.preprocessor = lambda x: (x / 255, None)

@@ -107,6 +107,7 @@ def test_programs_in_guides(block, tmp_path):
     assert result.stdout, "each program prints what it found"
 
 
+@pytest.mark.once
 def test_the_script_draws_every_picture(tmp_path):
     script = ROOT / "docs" / "figures.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
@@ -114,6 +115,7 @@ def test_the_script_draws_every_picture(tmp_path):
     assert pictures == {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "page", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")}), ids=lambda p: p.name
 )

@@ -16,6 +16,7 @@ def _channels(model):
     return sum(x.gamma.shape[0] for x in norms)
 
 
+@pytest.mark.once
 def test_resnet20_frn_has_the_size_of_its_source():
     # By hand from the source: kernels 270,896 and the dense bias 10, and in each of the 784
     # channels behind a convolution a bias, gamma, beta and tau.
@@ -28,6 +29,7 @@ def test_resnet20_frn_has_the_size_of_its_source():
     assert all(x.activation is keras.activations.silu for x in activations)
 
 
+@pytest.mark.once
 def test_tlu_takes_the_place_of_the_activation():
     model = models.resnet_cifar(activation="tlu", depth=8)
     assert not [x for x in model.layers if isinstance(x, keras.layers.Activation)]
@@ -38,6 +40,7 @@ def test_tlu_takes_the_place_of_the_activation():
     assert sum(isinstance(x, TLU) for x in model.layers) == 3
 
 
+@pytest.mark.once
 def test_resnet_has_the_convolutions_of_the_pre_activation_resnet():
     reference = keras.applications.ResNet50V2(weights=None, input_shape=(64, 64, 3))
     model = models.resnet((64, 64, 3))
@@ -67,6 +70,7 @@ def test_resnet_of_every_rank(input_shape, size):
     assert np.std(y) > 1e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "build",
     [
@@ -90,6 +94,7 @@ def test_a_training_step_reaches_every_weight(rng):
     assert still == []
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "build",
     [
@@ -112,6 +117,7 @@ def test_networks_are_channels_last_whatever_keras_is_set_to(build, monkeypatch)
     assert formats == {"channels_last"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("network", [models.resnet, models.resnet_cifar])
 @pytest.mark.parametrize(
     "arguments",
@@ -142,6 +148,7 @@ def test_arguments_are_checked(network, arguments):
     assert repr(value) in str(error.value)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("call", "match"),
     [

@@ -50,6 +50,7 @@ def check(logits, golden, name, tolerance=FLOAT):
     assert (logits.argmax(-1) == golden["keras"].argmax(-1)).mean() > 0.95
 
 
+@pytest.mark.once
 def test_the_card_lists_every_file_with_its_size(folder, about):
     found = {path.name for path in folder.iterdir()} - {"about.json", "golden.npz"}
     assert {entry["file"] for entry in about["files"].values()} == found
@@ -76,6 +77,7 @@ def test_weights(folder, golden):
     check(model.predict(golden["x"], verbose=0), golden, "weights")
 
 
+@pytest.mark.once
 def test_weights_of_a_network_that_is_built_anew():
     model = demo.build_model()
     model.load_weights(FOLDER / "digits" / "model.weights.h5")
@@ -84,6 +86,7 @@ def test_weights_of_a_network_that_is_built_anew():
         check(model.predict(x, verbose=0), golden, "weights")
 
 
+@pytest.mark.once
 def test_there_is_no_optimizer_in_a_file(folder):
     model = keras.saving.load_model(folder / "model.keras")
     assert getattr(model, "optimizer", None) is None
@@ -97,6 +100,7 @@ def test_saved_model(folder, golden):
     check(loaded.serve(tf.constant(golden["x"])).numpy(), golden, "saved_model")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", LITERT)
 def test_litert(name, folder, golden):
     pytest.importorskip("ai_edge_litert", reason="of the [export] extra")
@@ -104,6 +108,7 @@ def test_litert(name, folder, golden):
     check(logits, golden, name, LITERT[name])
 
 
+@pytest.mark.once
 def test_onnx(folder, golden):
     onnxruntime = pytest.importorskip("onnxruntime", reason="of the [onnx] extra")
     session = onnxruntime.InferenceSession(
@@ -113,6 +118,7 @@ def test_onnx(folder, golden):
     check(logits, golden, "onnx")
 
 
+@pytest.mark.once
 def test_accuracy_of_the_digits_card():
     pytest.importorskip("sklearn", reason="of the [demo] extra")
     _, _, x, y = demo.digits()
@@ -124,6 +130,7 @@ def test_accuracy_of_the_digits_card():
     assert accuracy > 0.97
 
 
+@pytest.mark.once
 def test_sizes():
     files = [p for p in FOLDER.rglob("*") if p.is_file()]
     assert max(p.stat().st_size for p in files) < 1e6

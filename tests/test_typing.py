@@ -61,6 +61,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_mypy_takes_right_code_and_refuses_each_wrong_line(tmp_path):
     (tmp_path / "user.py").write_text(BEFORE + RIGHT + "\n".join(WRONG) + "\n")
