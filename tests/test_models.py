@@ -55,8 +55,12 @@ def test_resnet_has_the_convolutions_of_the_pre_activation_resnet():
 
 @pytest.mark.parametrize(
     ("input_shape", "size"),
-    [((96, 3), 3), ((64, 64, 3), 9), ((32, 32, 32, 3), 27), ((None, None, 3), 9)],
-    ids=["1d", "2d", "3d", "sizes unknown"],
+    [
+        pytest.param((96, 3), 3, id="1d"),
+        pytest.param((64, 64, 3), 9, id="2d", marks=pytest.mark.once),
+        pytest.param((32, 32, 32, 3), 27, id="3d", marks=pytest.mark.once),
+        pytest.param((None, None, 3), 9, id="sizes unknown", marks=pytest.mark.once),
+    ],
 )
 def test_resnet_of_every_rank(input_shape, size):
     model = models.resnet(input_shape, classes=4, depth=18, width=8, learned_epsilon=True)
