@@ -8,8 +8,14 @@ import keras
 import numpy as np
 import pytest
 
-# The same few examples in each run. The first one compiles programs, so that none has a deadline.
-hypothesis.settings.register_profile("few", max_examples=20, derandomize=True, deadline=None)
+# The same few examples in each run, however long they take: the first ones compile programs.
+hypothesis.settings.register_profile(
+    "few",
+    max_examples=20,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("few")
 
 
