@@ -34,7 +34,6 @@ def run(script, *arguments):
         [sys.executable, FOLDER / script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
         # A program that runs a few steps need not be fast.
         env={
             **os.environ,

@@ -13,7 +13,7 @@ BATCH_TIMES_CHANNELS, WEIGHTS = 8 * 8, 3 * 8
 # Weights of about 1 after four steps: a few roundings, as sums are taken in another order.
 STEPS_IN_ANOTHER_ORDER = 1e-6
 LEARNED = 1e-4  # much more, so that a weight that no step reached shows
-SECONDS = 300
+SECONDS = 1800  # for processes that wait for each other
 
 
 def run(program, *arguments):
