@@ -304,7 +304,8 @@ def test_a_crash_is_visible():
     code += "cli._inspect = lambda _: os.write(2, b'dead') and os.abort(); "
     code += "runpy.run_module('keras_frn', run_name='__main__')"
     command = [sys.executable, "-c", code, "inspect", "frn.keras"]
-    result = subprocess.run(command, capture_output=True)
+    environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    result = subprocess.run(command, env=environment, capture_output=True)
     assert result.returncode == -signal.SIGABRT
     assert b"dead" in result.stderr
 
