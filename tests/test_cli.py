@@ -1,3 +1,4 @@
+import configparser
 import os
 import signal
 import subprocess
@@ -301,8 +302,10 @@ COMMAND = [sys.executable, "-m", "keras_frn"]
 def test_what_a_process_says_at_its_end_is_visible():
     """As when it crashes: nothing takes the file descriptor away."""
     code = "import atexit, os, sys; atexit.register(os.write, 2, b'dead'); "
-    code += "from importlib.metadata import entry_points as find; "
-    code += "sys.exit(find(group='console_scripts')['keras-frn'].load()())"
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[1] / "setup.cfg")
+    module, _, name = config["options.entry_points"]["console_scripts"].split()[-1].partition(":")
+    code += f"from {module} import {name}; sys.exit({name}())"
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     command = [sys.executable, "-c", code, "inspect", "none.keras"]
     result = subprocess.run(command, env=environment, capture_output=True)
