@@ -8,8 +8,9 @@ mixed bfloat16, for a training step (SGD) and for inference, of TensorFlow and o
 kernels the program has besides its convolutions, the bytes that they read and write, the temporary
 memory of the whole program and, on a TPU, the compiler's own estimate of cycles. `PLAN` takes one
 to two hours of two cores; a second call goes on where the first one stopped. `--all` takes every
-combination. Prints a table, and writes `results/accelerators.csv` and `.png`. With `--write FOLDER`
-it writes the programs instead, for `accelerators_time.py` on a machine with a GPU."""
+combination. Prints a table, and writes `results/accelerators.csv` and the plot of docs/speed.md.
+With `--write FOLDER` it writes the programs instead, for `accelerators_time.py` on a machine with a
+GPU."""
 
 import argparse
 import csv
@@ -323,7 +324,7 @@ def main():
     order = list(wanted(argparse.Namespace(**choices, all=True)))
     rows = dict(sorted(read().items(), key=lambda item: order.index(item[0])))
     show(rows)
-    plot(rows, PATH.with_suffix(".png"))
+    plot(rows, RESULTS.parents[1] / "docs/images/accelerators.png")
 
 
 if __name__ == "__main__":
