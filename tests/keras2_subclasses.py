@@ -81,6 +81,24 @@ class Flat(tf_keras.Model):
         return self.tlu(self.frn(self.stem(x)))
 
 
+class Both(tf_keras.Model):
+    """A layer under two names, one in a private attribute, and two models."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = layers.Dense(4)
+        self.all = []
+        self.all += [layers.Dense(4), self.second]
+        self._last = layers.Dense(4)
+        self.generator = tf_keras.Sequential([layers.Input((4,)), layers.Dense(3)])
+        self.discriminator = tf_keras.Sequential([layers.Input((3,)), layers.Dense(4)])
+
+    def call(self, x):
+        for layer in (*self.all, self._last, self.generator, self.discriminator):
+            x = layer(x)
+        return x
+
+
 tf_keras.utils.set_random_seed(0)
 x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32")
 net, other, flat = Net(), Net(), Flat()
@@ -90,12 +108,22 @@ net.compile("adam", "mse")
 net.fit(x, np.zeros((4, 5), "float32"), verbose=0)
 net.save_weights("net/ckpt")
 net.save_weights("net.h5")
+net.save_weights("net.weights.h5")
+net.save("net.keras")
 net.save("saved_model")
 flat.save_weights("flat/ckpt")
+flat.save_weights("flat.h5")
+flat.save_weights("flat.weights.h5")
+flat.save("flat_saved_model")
 critic = tf_keras.Sequential([tf_keras.Input((5,)), layers.Dense(1)])
 parts = {"generator": net, "discriminator": critic, "optimizer": net.optimizer}
 tf.train.Checkpoint(**parts).save("gan/ckpt")
 tf.train.Checkpoint(model=net).write("model/ckpt")
-both = tf.train.Checkpoint(model=net, ema=other)
-tf.train.CheckpointManager(both, "manager", 3).save()
-np.savez("io.npz", x=x, net=net(x), other=other(x), flat=flat(x))
+averaged = tf.train.Checkpoint(model=net, ema=other)
+tf.train.CheckpointManager(averaged, "manager", 3).save()
+both = Both()
+expected = both(x[:, 0, 0])
+both.save_weights("both/ckpt")
+both.save_weights("both.weights.h5")
+both.save_weights("both.h5")
+np.savez("io.npz", x=x, net=net(x), other=other(x), flat=flat(x), both=expected)

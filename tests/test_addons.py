@@ -619,7 +619,7 @@ def test_code_in_a_file_does_not_run(tmp_path):
             {"class_name": "Activation", "config": {"name": "evil", "activation": function}}
         )
 
-    with pytest.raises(ValueError, match="__lambda__ None is not in Keras 3"):
+    with pytest.raises(ValueError, match="__lambda__ is not in Keras 3"):
         load_addons_model(h5_with(tmp_path, activation))
     assert not touched.exists()
 

@@ -11,7 +11,7 @@ from backends import numpy
 from keras import layers, ops
 from reference import close
 
-from keras_frn import TLU, FilterResponseNormalization, load_addons_weights
+from keras_frn import TLU, FilterResponseNormalization, load_addons_model, load_addons_weights
 
 pytest.importorskip("tf_keras", reason="of the [test] extra")
 
@@ -58,21 +58,55 @@ class Net(keras.Model):
 
 def load(folder, name, model=None, **options):
     """What the model gives with the weights of a file, and what the old models gave."""
-    io = np.load(folder / "io.npz")
+    with np.load(folder / "io.npz") as file:
+        io = dict(file)
     model = Net() if model is None else model
     model(io["x"])
     load_addons_weights(model, folder / name, **options)
     return numpy(model(io["x"])), io
 
 
-@pytest.mark.parametrize(
-    "name", ["net", "net.h5", "saved_model", "gan", "gan/ckpt-1", "model/ckpt"]
-)
+FILES = ["net", "net.h5", "net.weights.h5", "net.keras", "saved_model"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "gan", "gan/ckpt-1", "model/ckpt"])
 def test_a_subclassed_model_gets_its_weights(folder, name):
-    if name == "net.h5" and keras.backend.backend() == "torch":
-        pytest.skip("Keras lists layers in lists first on PyTorch: an error asks for the order")
     y, io = load(folder, name)
     close(y, io["net"], 2e-5)  # roundings of float32, in sums of some hundreds
+
+
+def test_a_subclassed_model_is_not_opened_and_the_error_says_what_to_do(folder):
+    for options in ({}, {"custom_objects": {"Net": Net}}):
+        for name in ("net.keras", "saved_model"):
+            with pytest.raises(ValueError, match="load_addons_weights") as error:
+                load_addons_model(folder / name, **options)
+            assert "custom_objects" not in str(error.value)
+
+
+class Both(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.second = layers.Dense(4)
+        self.all = []
+        self.all += [layers.Dense(4), self.second]
+        self._last = layers.Dense(4)
+        self.generator = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+        self.discriminator = keras.Sequential([keras.Input((3,)), layers.Dense(4)])
+
+    def call(self, x):
+        for layer in (*self.all, self._last, self.generator, self.discriminator):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["both", "both.weights.h5", "both.h5"])
+def test_layers_of_two_names_private_attributes_and_two_models(folder, name):
+    with np.load(folder / "io.npz") as io:
+        x, expected = io["x"][:, 0, 0], io["both"]
+    model = Both()
+    model(x)
+    load_addons_weights(model, folder / name)
+    close(numpy(model(x)), expected, 2e-5)
 
 
 def test_a_part_is_chosen_by_name_if_several_fit(folder):
@@ -100,11 +134,62 @@ def flat(**names):
     )
 
 
-def test_layers_that_have_the_names_of_attributes_get_their_weights(folder):
-    y, io = load(folder, "flat", flat())
+@pytest.mark.parametrize("name", ["flat", "flat.h5", "flat.weights.h5", "flat_saved_model"])
+def test_layers_that_have_the_names_of_attributes_get_their_weights(folder, name):
+    y, io = load(folder, name, flat())
     close(y, io["flat"], 2e-5)
-    with pytest.raises(ValueError, match=r"no 'first' for .*kernel', but \['stem', 'frn', 'tlu'"):
-        load(folder, "flat", flat(conv="first"))
+
+
+def test_layers_of_other_names_get_their_weights_by_order(folder):
+    for name in ("flat", "flat.h5", "flat_saved_model"):
+        y, io = load(folder, name, flat(conv="first"))
+        close(y, io["flat"], 2e-5)
+
+
+def flat_net():
+    inputs = x = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3)(x)
+    x = FilterResponseNormalization(learned_epsilon=True)(x)
+    x = TLU(axis=(1, 2, 3))(x)
+    for filters in (4, 6):
+        x = FilterResponseNormalization()(layers.Conv2D(filters, 3, padding="same")(x))
+        x = TLU(axis=(1, 2, 3))(layers.ReLU()(x))
+    x = layers.Dense(5)(layers.ReLU()(layers.GlobalAveragePooling2D()(x)))
+    outputs = layers.Concatenate()([layers.Dense(3)(x), layers.Dense(2)(x)])
+    return keras.Model(inputs, outputs)
+
+
+@pytest.mark.parametrize("name", ["net", "net.h5", "saved_model", "gan"])
+def test_a_flat_model_gets_the_weights_of_nested_layers_by_order(folder, name):
+    """Two layers have weights of the same shapes, so a warning says which way each array went."""
+    model = flat_net()
+    with pytest.warns(UserWarning, match=r"`path` nests its layers .*net/stem/kernel.* -> conv2d"):
+        y, io = load(folder, name, model)
+    close(y, io["net"], 2e-5)
+
+
+def nested_net():
+    def block(name, filters, channels):
+        found = [FilterResponseNormalization(name="0"), layers.ReLU(), TLU((1, 2, 3), name="2")]
+        rest = keras.Sequential([keras.Input((6, 6, filters)), *found], name="rest")
+        conv = layers.Conv2D(filters, 3, padding="same", name="conv")
+        return keras.Sequential([keras.Input((6, 6, channels)), conv, rest], name=name)
+
+    stem = layers.Conv2D(4, 3, name="stem")
+    frn = FilterResponseNormalization(learned_epsilon=True, name="frn")
+    blocks = [keras.Input((6, 6, 4)), block("0", 4, 4), block("1", 6, 4)]
+    blocks = keras.Sequential(blocks, name="blocks")
+    tail = keras.Sequential([keras.Input((6,)), layers.ReLU(), layers.Dense(5)], name="tail")
+    x = keras.Input((5,))
+    y = layers.Concatenate()([layers.Dense(3, name="a")(x), layers.Dense(2, name="b")(x)])
+    start = [stem, frn, TLU(axis=(1, 2, 3), name="tlu"), blocks, layers.GlobalAveragePooling2D()]
+    return keras.Sequential([keras.Input((8, 8, 3)), *start, tail, keras.Model(x, y, name="heads")])
+
+
+@pytest.mark.parametrize("name", ["net", "saved_model", "gan"])
+def test_nested_models_get_the_weights_of_lists_and_dicts_by_name(folder, name):
+    y, io = load(folder, name, nested_net())
+    close(y, io["net"], 2e-5)
 
 
 def test_arrays_that_the_model_has_not_are_told(folder):

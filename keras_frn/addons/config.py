@@ -21,7 +21,7 @@ from .operators import call_operator
 
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
 OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
-_BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
+BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
 _WITH_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 _WITH_TABLE = ("StringLookup", "IntegerLookup", "TextVectorization")
 _RENAMED = {
@@ -90,7 +90,8 @@ class Builder:
             raise
         except reading_errors() as error:
             message = " ".join(str(error).split()) or type(error).__name__
-            raise _NamedError(f"{kind} {_name(value)!r} {message}") from error
+            name = f" {_name(value)!r}" if _name(value) else ""
+            raise _NamedError(f"{kind}{name} {message}") from error
 
     def _make(self, data: dict[str, Any], homes: tuple[ModuleType, ...]) -> Any:
         names = [data.get("registered_name"), data["class_name"]]
@@ -115,10 +116,12 @@ class Builder:
         known = "ReLU" if kind == "ThresholdedReLU" else kind
         cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
         if kind in _WITH_CODE:
-            raise ValueError(f"holds code, which is never run from a file. {_BY_CODE}")
+            raise ValueError(f"holds code, which is never run from a file. {BY_CODE}")
         if cls is None or kind in _WITH_TABLE or is_of_addons:
-            reason = f"is not in Keras 3. {_BY_CODE}" if cls is None else f"is not read. {_BY_CODE}"
-            raise ValueError(f"{reason}, or pass custom_objects={{{kind!r}: its class}}")
+            reason = "is not in Keras 3" if cls is None else "is not read"
+            remedy = f", or pass custom_objects={{{kind!r}: its class}}"
+            # A subclassed model has no name here, and no layers that could be built.
+            raise ValueError(f"{reason}. {BY_CODE}{remedy if 'name' in config else ''}")
         config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
         return cls(**self._read_options(cls, config, homes))
 
@@ -139,7 +142,7 @@ class Builder:
         for key in options.keys() - accepted:
             value = options.pop(key)
             if key not in _WITHOUT_EFFECT and (value is True or value not in (None, False, 1)):
-                raise ValueError(f"has {key}={value!r}, which Keras 3 has not. {_BY_CODE}")
+                raise ValueError(f"has {key}={value!r}, which Keras 3 has not. {BY_CODE}")
         return {k: v for k, v in options.items() if (k, v) != ("name", None)}
 
     # The layers of Addons

@@ -43,19 +43,19 @@ class Graph:
     attributes: list[dict[str, int]]  # from names to the numbers of objects
     arrays: dict[int, tuple[str, Any]]  # the old name and the array of each variable
 
-    def list_arrays(self, root: int) -> dict[int, Any]:
-        """The arrays of floats below an object, but for those of optimizers and metrics."""
-        seen, pending = set(), [root]
+    def list_arrays(self, root: int) -> list[tuple[str, Any]]:
+        """The arrays of floats in an object, in its order, but for optimizers and metrics."""
+        seen: dict[int, None] = {}
+        pending = [root]
         while pending:
             node = pending.pop()
             names = self.attributes[node]
             if node not in seen and not {"iter", "_iterations"} & names.keys():
-                pending += [
-                    n for name, n in names.items() if name not in ("keras_api", "variables")
-                ]
-                seen.add(node)
-        arrays = {number: self.arrays[number][1] for number in seen & self.arrays.keys()}
-        return {n: a for n, a in arrays.items() if a.shape and a.dtype.kind == "f"}
+                inner = [n for name, n in names.items() if name not in ("keras_api", "variables")]
+                pending += reversed(inner)
+                seen[node] = None
+        found = [self.arrays[node] for node in seen if node in self.arrays]
+        return [(name, a) for name, a in found if a.shape and a.dtype.kind == "f"]
 
 
 def reading_errors() -> tuple[type[Exception], ...]:

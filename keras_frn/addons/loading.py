@@ -13,7 +13,7 @@ from ..errors import ArgumentError, ArgumentWarning
 from ..layers import FilterResponseNormalization
 from ..typing import PathLike
 from . import files
-from .config import OPTIMIZERS, Builder, Thresholds
+from .config import BY_CODE, OPTIMIZERS, Builder, Thresholds
 from .weights import Pair, is_uniform, match
 
 __all__ = ["load_addons_model", "load_addons_weights"]
@@ -73,9 +73,8 @@ def load_addons_model(
             raise ArgumentError(
                 "path",
                 f"must hold a model with its config and its weights. Received: {os.fspath(path)!r},"
-                f" which has no {missing}. Pass the JSON config of the model and its weights; or, "
-                "if there is no config, build the model in code with keras_frn layers and call "
-                "keras_frn.load_addons_weights.",
+                f" which has no {missing}. Pass the JSON config of the model and its weights. "
+                f"{BY_CODE} if there is no config.",
             )
         with files.explain_errors(path, "path", "must hold a model that Keras 3 can build"):
             model = _build(saved, tau)
@@ -100,8 +99,8 @@ def load_addons_weights(
     The state of an optimizer is not read.
 
     Args:
-        model: A built `keras.Model`. For a checkpoint of a subclassed model it has the same
-            attributes, or layers of their names.
+        model: A built `keras.Model`. For a file of a subclassed model it has the same attributes,
+            or layers of their names. Otherwise layers go by order.
         path: A weights file (`.h5`, `.weights.h5`), a TensorFlow checkpoint (its prefix, its
             `.index` file or its folder), or a complete model, whose config is not looked at.
         tau: `"per_channel_mean"` averages thresholds that differ from position to position where
@@ -143,7 +142,8 @@ def _build(
     builder = Builder(thresholds)
     model = builder.revive(saved.config)
     if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError("its config is not that of a built Functional or Sequential model")
+        problem = "its config is not that of a built Functional or Sequential model"
+        raise ValueError(f"{problem}. {BY_CODE}")
     pairs = match(model, builder.members, saved.weights)
     if builder.tlus and thresholds is None:  # only the arrays tell whether positions differ
         return _build(saved, tau, [_choose_thresholds(layer, pairs, tau) for layer in builder.tlus])

@@ -3,43 +3,27 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 
 from .. import graph
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentWarning
 from ..layers import TLU, FilterResponseNormalization
 from . import files
 
 Members = Mapping[int, list[Any]]  # as in `config.Builder`
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of a layer among those of its class and among those with weights, and its name.
-
-    `key` is its own in a list or dict of a layer or a subclassed model; None in other models."""
-
-    kind: str
-    number_in_kind: int
-    number: int
-    total: int
-    name: str
-    key: str | None = None
-
-
 @dataclasses.dataclass
 class Pair:
-    """A weight of the model, the way to it in the tree of objects, and its array in the file, with
-    the array's name there."""
+    """A weight of the model and its array in the file, with the array's name there."""
 
     layer: keras.Layer
     weight: keras.Variable
-    path: tuple[Any, ...]
     array: Any = None
     source: str = ""
 
@@ -73,18 +57,12 @@ def is_uniform(array: Any) -> bool:
 def match(model: keras.Model, members: Members, stored: Any, part: str | None = None) -> list[Pair]:
     """A `Pair` for every weight of a model; `part` is what a checkpoint calls it."""
     if isinstance(stored, files.Graph):
-        return _match_graph(_list_pairs(model, members), stored, part)
+        return _match_graph(model, members, stored, part)
     if part is not None:
         raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
     if isinstance(stored, dict):
         return _match_lists(model, members, stored)
-    pairs = _list_pairs(model, members)
-    for pair in pairs:
-        try:
-            pair.array = _find_in_hdf5(stored, pair)
-            pair.source = pair.array.name
-        except LookupError as error:
-            raise ValueError(f"it holds no array for {pair.weight.path!r}") from error
+    pairs = _match_group(model, members, stored)
     paths: list[str] = []
     stored.visit(paths.append)
     count = sum(bool(re.match(r"(?!optimizer|metrics).*vars/\d+$", path)) for path in paths)
@@ -93,64 +71,56 @@ def match(model: keras.Model, members: Members, stored: Any, part: str | None = 
     return pairs
 
 
-def _list_pairs(layer: Any, members: Members, path: tuple[Any, ...] = ()) -> list[Pair]:
-    """A `Pair` without an array for each weight of a layer, in the order of Keras 2."""
-    if graph.is_graph(layer):
-        items = enumerate(members.get(id(layer), layer.layers))
-        found = [_list_inside(items, members, path, in_graph=True)]
-    else:
-        # Under PyTorch a layer is a torch.nn.Module, which keeps the modules in it apart.
-        values = {**vars(layer), **vars(layer).get("_modules", {})}
-        for private in ("_layers", "_modules"):
-            values.pop(private, None)
-        found = [_list_value(value, members, (*path, name)) for name, value in values.items()]
-    inside = {id(pair.weight): pair for pairs in found for pair in pairs}
-    own = [weight for weight in layer.weights if id(weight) not in inside]
-    if isinstance(layer, FilterResponseNormalization):
-        own.sort(key=lambda weight: weight is not layer.learned_epsilon)
-    return [Pair(layer, w, (*path, i)) for i, w in enumerate(own)] + list(inside.values())
-
-
-def _list_value(value: Any, members: Members, path: tuple[Any, ...]) -> list[Pair]:
-    """The `Pair`s in an attribute: a layer, or lists and dicts of layers."""
+def _flatten(value: Any) -> list[Any]:
+    """The layers in lists and dicts."""
     if isinstance(value, keras.Layer):
-        return _list_pairs(value, members, path)
-    if isinstance(value, dict):
-        return _list_inside(value.items(), members, path)
-    return _list_inside(enumerate(value if isinstance(value, (list, tuple)) else ()), members, path)
+        return [value]
+    items = list(value.values()) if isinstance(value, dict) else value
+    is_list = isinstance(items, (list, tuple))
+    return [layer for item in items for layer in _flatten(item)] if is_list else []
 
 
-def _list_inside(
-    items: Iterable[tuple[Any, Any]],
-    members: Members,
-    path: tuple[Any, ...],
-    in_graph: bool = False,
-) -> list[Pair]:
-    pairs: list[Pair] = []
-    counts: collections.Counter[str] = collections.Counter()
-    items = list(items)
-    total = sum(isinstance(v, keras.Layer) and bool(v.weights) for _, v in items)
-    for key, value in items:
-        if isinstance(value, keras.Layer):
-            kind = type(value).__name__
-            place = Place(kind, counts[kind], counts["with weights"], total, value.name)
-            place = place if in_graph else dataclasses.replace(place, key=str(key))
-            pairs += _list_pairs(value, members, (*path, place))
-            counts.update([kind, "with weights"] if value.weights else [kind])
-        elif isinstance(value, (list, tuple, dict)):
-            pairs += _list_value(value, members, (*path, str(key)))
-    return pairs
+def _list_children(value: Any, members: Members) -> dict[str, Any]:
+    """What has layers in a layer, list or dict, by its name there, in the order of Keras 2."""
+    if graph.is_graph(value):
+        return {layer.name: layer for layer in members.get(id(value), value.layers)}
+    if not isinstance(value, keras.Layer):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {str(key): item for key, item in items}
+    # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
+    modules = vars(value).get("_modules", {})
+    attributes = [(k, v) for k, v in {**vars(value), **modules}.items() if _flatten(v)]
+    tracked = [id(layer) for layer in vars(value)["_layers"]]
+    if modules:
+        attributes.sort(key=lambda item: tracked.index(id(_flatten(item[1])[0])))
+    # TensorFlow tracks what it finds in attributes named _self_.
+    lists = ("_layers", "_modules", "_self_")
+    return {name: item for name, item in attributes if not name.startswith(lists)}
+
+
+def _list_pairs(value: Any, members: Members) -> list[Pair]:
+    """A `Pair` without an array for each weight, those of a layer before those inside."""
+    layers = _flatten(_list_children(value, members))
+    inside = {id(pair.weight): pair for layer in layers for pair in _list_pairs(layer, members)}
+    own = [w for w in getattr(value, "weights", ()) if id(w) not in inside]  # a list has none
+    if isinstance(value, FilterResponseNormalization):
+        own.sort(key=lambda weight: weight is not value.learned_epsilon)
+    return [Pair(value, weight) for weight in own] + list(inside.values())
 
 
 # Lists: the .h5 layout
 
 
 def _match_lists(model: Any, members: Members, lists: dict[Any, list[Any]]) -> list[Pair]:
-    layers = [v for v in members.get(id(model), model.layers) if v.weights]
+    found = dict.fromkeys(_flatten(_list_children(model, members)))  # each of them once
+    layers = [layer for layer in found if layer.weights]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
         return _match_list(model, _list_pairs(model, members), lists[None], by_order=True)
     if len(layers) != len(lists):
+        arrays = [item for items in lists.values() for item in items]
+        if len(arrays) == len(model.weights):
+            return _match_flat(model, members, arrays)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.name))
@@ -159,7 +129,7 @@ def _match_lists(model: Any, members: Members, lists: dict[Any, list[Any]]) -> l
         own = _list_pairs(layer, members)
         own.sort(key=lambda pair: not pair.weight.trainable)  # as Keras 2 wrote them
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
-        by_order = bool(members) or not isinstance(layer, keras.Model)
+        by_order = bool(members) or not (isinstance(layer, keras.Model) and _are_alike(own))
         pairs += _match_list(layer, own, arrays, by_order)
     if len({id(pair.weight) for pair in pairs}) != len(model.weights):
         raise ValueError("the model has weights outside of its layers")
@@ -187,22 +157,59 @@ def _match_list(layer: Any, pairs: list[Pair], arrays: list[Any], by_order: bool
     return [dataclasses.replace(pair, array=array, source=name) for pair, (name, array) in rows]
 
 
-# Trees: the layouts of .keras files and of checkpoints
+def _match_flat(model: keras.Model, members: Members, arrays: list[Any]) -> list[Pair]:
+    """Matches all arrays of a file that nests its layers in another way, by order."""
+    pairs = _match_list(model, _list_pairs(model, members), arrays, by_order=True)
+    if _are_alike(pairs):
+        ways = ", ".join(f"{pair.source} -> {pair.weight.path}" for pair in pairs)
+        problem = f"nests its layers in another way, so they were taken in order: {ways}. Check an "
+        problem += "output, or give the layers the names of the attributes there."
+        warnings.warn(ArgumentWarning("path", problem), stacklevel=5)
+    return pairs
 
 
-def _find_in_hdf5(root: h5py.Group, pair: Pair) -> Any:
-    group = root
-    for part in pair.path[:-1]:
-        name = part
-        if isinstance(part, Place):
-            group = group.get("layers") or group.get("_layer_checkpoint_dependencies") or group
+def _are_alike(pairs: list[Pair]) -> bool:
+    """Whether two layers have weights of the same names and shapes: only the order tells."""
+    shapes = collections.defaultdict(list)
+    for pair in pairs:
+        shapes[id(pair.layer)].append((pair.weight.name, *pair.weight.shape))
+    return len({tuple(found) for found in shapes.values()}) < len(shapes)
+
+
+# Trees: the layouts of .keras and .weights.h5 files, and of checkpoints
+
+
+def _match_group(layer: Any, members: Members, group: Any) -> list[Pair]:
+    own = [pair for pair in _list_pairs(layer, members) if pair.layer is layer]
+    for number, pair in enumerate(own):
+        if f"vars/{number}" not in group:
+            raise ValueError(f"it holds no array for {pair.weight.path!r}")
+        pair.array = files.read_dataset(group, f"{group.name}/vars/{number}")
+        pair.source = pair.array.name
+    places = _find_groups(_list_children(layer, members), group).items()
+    return own + [p for inner, place in places for p in _match_group(inner, members, place)]
+
+
+def _find_groups(children: dict[str, Any], group: Any) -> dict[Any, Any]:
+    """The groups of layers: by attribute, or by class among those of a list or of the model."""
+    named = {name: child for name, child in children.items() if name in group}
+    places = {v: group[name] for name, v in named.items() if isinstance(v, keras.Layer)}
+    lists = [(v, group[name]) for name, v in named.items() if not isinstance(v, keras.Layer)]
+    rest = [child for name, child in children.items() if name not in named]
+    lists.append((rest, group.get("layers") or group.get("_layer_checkpoint_dependencies") or {}))
+    for value, container in lists:
+        counts: collections.Counter[str] = collections.Counter()
+        for layer in filter(lambda layer: layer not in places, _flatten(value)):
             # Groups are named by class, as conv2d, conv2d_2, ...: counted, with gaps.
-            kind = _snake_case(part.kind)
-            matches = filter(None, (re.fullmatch(rf"{kind}(?:_(\d+))?", name) for name in group))
-            groups = sorted((int(match[1] or 0), match[0]) for match in matches)
-            name = groups[part.number_in_kind][1]
-        group = group[name]
-    return files.read_dataset(root, f"{group.name}/vars/{pair.path[-1]}")
+            kind = _snake_case(type(layer).__name__)
+            names = filter(re.compile(rf"{kind}(_\d+)?").fullmatch, container)
+            found = sorted(names, key=lambda name: (len(name), name))
+            if layer.weights:
+                if counts[kind] >= len(found):
+                    raise ValueError(f"it holds no array for {layer.weights[0].path!r}")
+                places[layer] = container[found[counts[kind]]]
+            counts[kind] += 1
+    return places
 
 
 def _snake_case(name: str) -> str:
@@ -211,59 +218,67 @@ def _snake_case(name: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def _match_graph(pairs: list[Pair], saved: files.Graph, part: str | None) -> list[Pair]:
+def _match_graph(
+    model: keras.Model, members: Members, saved: files.Graph, part: str | None
+) -> list[Pair]:
     """Matches a checkpoint, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
     parts = {k: node for k, node in saved.attributes[0].items() if saved.list_arrays(node)}
     if part is not None and part not in parts:
         raise ArgumentError("part", f"must be one of {sorted(parts)}. Received: {part!r}.")
-    fits: dict[int, list[Pair]] = {}
-    reasons: dict[str, str] = {}
-    for name, node in {part: parts[part]}.items() if part else {"": 0, **parts}.items():
-        try:
-            fits[node] = _match_node(pairs, saved, node)
-        except (LookupError, ValueError) as error:
-            reasons[name] = str(error)
-        if 0 in fits:
-            break
-    if len(fits) == 1:
-        return fits[next(iter(fits))]
-    if fits:
-        names = sorted(name for name, node in parts.items() if node in fits)
-        raise ArgumentError("part", f"must be one of {names}, which all fit. Received: None.")
-    raise ValueError(reasons[part or ""])
+    roots = {0, *parts.values()} if part is None else {parts[part]}
+    reason: Exception | None = None
+    for by_name in (True, False):
+        fits = {}
+        for root in sorted(roots):
+            arrays = saved.list_arrays(root)
+            try:
+                if by_name:
+                    pairs = _match_node(model, members, saved, root)
+                else:
+                    pairs = _match_flat(model, members, arrays)
+                read = {id(pair.array) for pair in pairs}
+                unread = sorted(name for name, array in arrays if id(array) not in read)
+                if unread:
+                    problem = f"it has {len(unread)} arrays that the model has not, such as "
+                    raise ValueError(f"{problem}{unread[:5]}")
+                for pair in pairs:
+                    pair.value("per_channel_mean")  # has the right size
+            except (LookupError, ValueError) as error:
+                reason = reason or error  # the first: of the whole, by name
+                continue
+            fits[root] = pairs
+            if root == 0:
+                break
+        if len(fits) == 1:
+            return fits.popitem()[1]
+        if fits:
+            names = sorted(name for name, node in parts.items() if node in fits)
+            raise ArgumentError("part", f"must be one of {names}, which all fit. Received: None.")
+    raise ValueError(str(reason))
 
 
-def _match_node(pairs: list[Pair], saved: files.Graph, root: int) -> list[Pair]:
-    found, numbers = [], set()
+def _match_node(value: Any, members: Members, saved: files.Graph, node: int) -> list[Pair]:
+    """Matches a layer, list or dict with an object of a checkpoint."""
+    attributes = saved.attributes[node]
+    children = {
+        name: child
+        for name, child in _list_children(value, members).items()
+        if any(layer.weights for layer in _flatten(child))
+    }
+    if graph.is_graph(value) and "layer_with_weights-0" in attributes:
+        if f"layer_with_weights-{len(children)}" in attributes:
+            raise ValueError("it has more layers with weights than the model")
+        children = {f"layer_with_weights-{i}": v for i, v in enumerate(children.values())}
+    pairs = [pair for pair in _list_pairs(value, members) if pair.layer is value]
     for pair in pairs:
-        number = _find_in_graph(saved, root, pair)
-        numbers.add(number)
-        name, array = saved.arrays[number]
-        found.append(dataclasses.replace(pair, array=array, source=name))
-        found[-1].value("per_channel_mean")  # has the right size
-    unread = saved.list_arrays(root).keys() - numbers
-    if unread:
-        names = sorted(saved.arrays[number][0] for number in unread)[:5]
-        raise ValueError(f"it has {len(unread)} arrays that the model has not, such as {names}")
-    return found
-
-
-def _find_in_graph(saved: files.Graph, root: int, pair: Pair) -> int:
-    """The number of the variable that belongs to a weight."""
-    node = root
-    for part in pair.path[:-1]:
-        attributes, name = saved.attributes[node], part
-        if isinstance(part, Place):
-            is_numbered = part.key is None and "layer_with_weights-0" in attributes
-            name = f"layer_with_weights-{part.number}" if is_numbered else part.key or part.name
-            if is_numbered and f"layer_with_weights-{part.total}" in attributes:
-                raise ValueError("it has more layers with weights than the model")
+        # Keras 2 may have said more, as depthwise_kernel.
+        names = [name for name in attributes if name.endswith(pair.weight.name)]
+        if not names:
+            raise LookupError(f"it holds no array for {pair.weight.path!r}")
+        pair.source, pair.array = saved.arrays[attributes[min(names, key=len)]]
+    for name, child in children.items():
         if name not in attributes:
             there = [key for key in attributes if not key.startswith("_")][:9]
-            raise LookupError(f"it holds no {name!r} for {pair.weight.path!r}, but {there}")
-        node = attributes[name]
-    # Keras 2 may have said more, as depthwise_kernel.
-    names = [name for name in saved.attributes[node] if name.endswith(pair.weight.name)]
-    if not names:
-        raise LookupError(f"it holds no array for {pair.weight.path!r}")
-    return saved.attributes[node][sorted(names, key=len)[0]]
+            raise LookupError(f"it holds no {name!r}, but {there}")
+        pairs += _match_node(child, members, saved, attributes[name])
+    return pairs
