@@ -597,6 +597,21 @@ def test_links_out_of_an_h5_file_are_refused(tmp_path):
             load_addons_model(path)
 
 
+def test_links_out_of_a_weights_file_are_refused(tmp_path):
+    source = MODELS / "frn_learned_eps" / "v3.weights.h5"
+    path = tmp_path / "linked.weights.h5"
+    shutil.copy(source, path)
+    path.chmod(0o600)
+    with h5py.File(path, "r+") as file:
+        for name in ["layers", "_layer_checkpoint_dependencies"]:
+            if name in file:
+                del file[name]
+                file[name] = h5py.ExternalLink(str(source), f"/{name}")
+    model = load("frn_learned_eps/model.keras", compile=False)
+    with pytest.raises(ValueError, match="is not an array of this file"):
+        load_addons_weights(model, path)
+
+
 def test_code_in_a_file_does_not_run(tmp_path):
     """A `Lambda` with marshalled code, a pickled array: neither is touched."""
     import base64

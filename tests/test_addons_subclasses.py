@@ -163,7 +163,9 @@ def flat_net():
 def test_a_flat_model_gets_the_weights_of_nested_layers_by_order(folder, name):
     """Two layers have weights of the same shapes, so a warning says which way each array went."""
     model = flat_net()
-    with pytest.warns(UserWarning, match=r"`path` nests its layers .*net/stem/kernel.* -> conv2d"):
+    with pytest.warns(
+        UserWarning, match=r"`path` nests its layers .*net/conv2d/kernel.* -> conv2d"
+    ):
         y, io = load(folder, name, model)
     close(y, io["net"], 2e-5)
 

@@ -62,7 +62,7 @@ def match(model: keras.Model, members: Members, stored: Any, part: str | None = 
         raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
     if isinstance(stored, dict):
         return _match_lists(model, members, stored)
-    pairs = _match_group(model, members, stored)
+    pairs = _match_group(model, members, stored, stored)
     paths: list[str] = []
     stored.visit(paths.append)
     count = sum(bool(re.match(r"(?!optimizer|metrics).*vars/\d+$", path)) for path in paths)
@@ -179,15 +179,15 @@ def _are_alike(pairs: list[Pair]) -> bool:
 # Trees: the layouts of .keras and .weights.h5 files, and of checkpoints
 
 
-def _match_group(layer: Any, members: Members, group: Any) -> list[Pair]:
+def _match_group(layer: Any, members: Members, root: Any, group: Any) -> list[Pair]:
     own = [pair for pair in _list_pairs(layer, members) if pair.layer is layer]
     for number, pair in enumerate(own):
         if f"vars/{number}" not in group:
             raise ValueError(f"it holds no array for {pair.weight.path!r}")
-        pair.array = files.read_dataset(group, f"{group.name}/vars/{number}")
+        pair.array = files.read_dataset(root, f"{group.name}/vars/{number}")
         pair.source = pair.array.name
     places = _find_groups(_list_children(layer, members), group).items()
-    return own + [p for inner, place in places for p in _match_group(inner, members, place)]
+    return own + [p for inner, place in places for p in _match_group(inner, members, root, place)]
 
 
 def _find_groups(children: dict[str, Any], group: Any) -> dict[Any, Any]:
