@@ -11,7 +11,7 @@ import pytest
 # The same few examples in each run, however long they take: the first ones compile programs.
 hypothesis.settings.register_profile(
     "few",
-    max_examples=20,
+    max_examples=10 if keras.backend.backend() == "jax" else 20,  # which compiles each new shape
     derandomize=True,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
