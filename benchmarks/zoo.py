@@ -67,7 +67,7 @@ def hub():
 def hub_resnet(size=64, **options):
     return hub().ResNetBackbone(
         **{
-            "input_conv_filters": [16],
+            "input_conv_filters": [64],
             "input_conv_kernel_sizes": [7],
             "stackwise_num_filters": [64, 64, 64, 64],
             "stackwise_num_blocks": [1, 1, 1, 1],
@@ -82,7 +82,7 @@ def hub_resnet(size=64, **options):
 def hub_resnet_vd_classifier():
     """A classifier with the preprocessor that its images go through in `predict`."""
     backbone = hub_resnet(
-        input_conv_filters=[8, 8, 16],
+        input_conv_filters=[8, 8, 64],
         input_conv_kernel_sizes=[3, 3, 3],
         block_type="bottleneck_block_vd",
     )
@@ -191,7 +191,7 @@ MODELS = {
         stackwise_depth=[1, 2],
         stackwise_strides=[2, 2],
         stackwise_num_filters=[32, 48],
-        block_type="dark_block",
+        block_type="dark",
     ),
     "hub Xception": hub_backbone(
         "Xception",

@@ -354,12 +354,15 @@ def copy_layer(
             return made_by.from_config({key: config[key] for key in config if key in known})
     # What constructors raise that are given a config of other arguments than theirs.
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).split(" Example: ")[0]
-        raise ArgumentError(
-            "model",
-            f"must have layers that their config makes again. Received: {layer.name} of class "
-            f"{made_by.__name__}: {reason} Write its `get_config`.",
-        ) from error
+        raise _lacks_config(layer, " ".join(str(error).split()).split(" Example: ")[0]) from error
+
+
+def _lacks_config(layer: Any, reason: str) -> ArgumentError:
+    return ArgumentError(
+        "model",
+        f"must have layers that their config makes again. Received: {layer.name} of class "
+        f"{type(layer).__name__}: {reason} Write its `get_config`.",
+    )
 
 
 def _read_config(layer: Any) -> dict[str, Any]:
@@ -375,9 +378,16 @@ def _read_config(layer: Any) -> dict[str, Any]:
 
 
 def copy_weights(layer: Any, copy: Any) -> None:
-    """Gives a copy its layer's weights."""
+    """Gives a copy its layer's weights.
+
+    Raises:
+        ArgumentError: if they do not fit, as the config lacks what decides their shapes.
+    """
     if not isinstance(layer, keras.Layer) or is_graph(layer):
         return
+    shapes = [[tuple(weight.shape) for weight in x.weights] for x in (layer, copy)]
+    if shapes[0] != shapes[1]:
+        raise _lacks_config(layer, f"the copy has weights of shapes {shapes[1]}, not {shapes[0]}.")
     copy.set_weights(layer.get_weights())
     if hasattr(copy, "finalize_state"):
         copy.finalize_state()  # of a layer that was adapted to data

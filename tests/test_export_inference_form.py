@@ -380,6 +380,28 @@ class Undescribed(layers.Layer):
         return {k: v for k, v in super().get_config().items() if k != "units"}
 
 
+class Forgetful(layers.Layer):
+    """Its config makes a layer of other weights."""
+
+    def __init__(self, hidden=3, **kwargs):
+        super().__init__(**kwargs)
+        self.stack = keras.Sequential([layers.Dense(hidden), layers.Dense(48)])
+
+    def call(self, inputs):
+        return self.stack(inputs)
+
+    def get_config(self):
+        return {k: v for k, v in super().get_config().items() if k != "hidden"}
+
+
+def test_a_layer_whose_config_makes_other_weights_stays(tmp_path, rng):
+    inputs = keras.Input((12, 12, 3))
+    x = frn_tlu_layer()(Forgetful(5, name="own")(layers.Conv2D(48, 3)(inputs)))
+    model, x = shuffled_weights(keras.Model(inputs, x)), images(rng)
+    report = export_tflite(model, tmp_path / "m.tflite")
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), FLOAT)
+
+
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic", "int8"])
 def test_a_layer_that_its_config_does_not_make_again_stays(preset, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))

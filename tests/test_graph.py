@@ -148,3 +148,25 @@ class HoldsAFunction(layers.Layer):
 def test_a_layer_without_a_config_is_named():
     with pytest.raises(ValueError, match="Received: x of class HoldsAFunction: "):
         graph.copy_layer(HoldsAFunction(abs, name="x"))
+
+
+class Forgetful(layers.Layer):
+    """Its config makes a layer of other weights."""
+
+    def __init__(self, hidden=3, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(hidden)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_config(self):
+        return {k: v for k, v in super().get_config().items() if k != "hidden"}
+
+
+def test_a_layer_whose_config_makes_other_weights_is_named():
+    one, other = Forgetful(5, name="x"), Forgetful()
+    for layer in (one, other):
+        layer(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="Received: x of class Forgetful: the copy has weights of"):
+        graph.copy_weights(one, other)

@@ -6,8 +6,10 @@ until each channel has a root mean square of one, and one integer scale fits all
 """
 
 import collections
+import contextlib
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import keras
@@ -76,10 +78,18 @@ class InferenceCopy:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self.model, copies = graph.copy(model, _copy_layer, _to_float32)
-        for layer, copy in copies.items():
-            if not isinstance(copy, (Kept, Normalization)):
-                graph.copy_weights(layer, copy)
+        kept: set[keras.layers.Layer] = set()
+        count = -1
+        while len(kept) > count:  # again, if copies had other weights
+            count = len(kept)
+            make = functools.partial(_copy_layer, kept=kept)
+            self.model, copies = graph.copy(model, make, _to_float32)
+            for layer, copy in copies.items():
+                if not isinstance(copy, (Kept, Normalization)):
+                    try:
+                        graph.copy_weights(layer, copy)
+                    except ArgumentError:
+                        kept.add(layer)
         self._wiring = graph.Wiring(self.model)
         inside = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.normalizations = [layer for layer in inside if isinstance(layer, Normalization)]
@@ -235,19 +245,25 @@ class _NotPossibleError(Exception):
     """Says why a change would not be exact."""
 
 
-def _copy_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+def _copy_layer(
+    layer: keras.layers.Layer, kept: Container[keras.layers.Layer]
+) -> keras.layers.Layer:
     if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
         return Normalization(layer)
     if _is_relu6(layer):
         return ReLU6(layer.name)
-    try:
-        copy = graph.copy_layer(layer, _to_float32, REPLACED.get(type(layer)))
-    except ArgumentError:
-        if layer.compute_dtype != "float32":
-            raise
-        return Kept(layer)
-    is_pooling = type(layer) in _MAX_POOLING and is_channels_last(layer)
-    return MaxPooling(copy) if is_pooling else copy
+    if layer not in kept:
+        with contextlib.suppress(ArgumentError):
+            copy = graph.copy_layer(layer, _to_float32, REPLACED.get(type(layer)))
+            is_pooling = type(layer) in _MAX_POOLING and is_channels_last(layer)
+            return MaxPooling(copy) if is_pooling else copy
+    if layer.compute_dtype != "float32":
+        raise ArgumentError(
+            "model",
+            "must have layers in float32, or that `get_config` describes. Received: "
+            f"{layer.name} in {layer.compute_dtype}. Load it in float32.",
+        )
+    return Kept(layer)
 
 
 def _commutes(layer: Any) -> bool:

@@ -1,0 +1,67 @@
+"""Core ML, by way of PyTorch's tracing and from TensorFlow. On Linux coremltools only converts."""
+
+import warnings
+
+import keras
+import pytest
+from backends import BACKEND
+from exporting import shuffled_weights
+from keras import layers
+
+import keras_frn
+
+SHAPE = (1, 8, 8, 3)
+
+
+def model_with_gates():
+    """Both forms of the layers, and a gate, whose normalization sees one position."""
+    inputs = keras.Input(batch_shape=SHAPE)
+    x = layers.Conv2D(6, 3, padding="same", use_bias=False)(inputs)
+    x = keras_frn.FilterResponseNormalization()(x)
+    x = keras_frn.TLU(affine=True)(x)
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = layers.Conv2D(6, 1)(gate)
+    gate = keras_frn.FilterResponseNormalizationTLU(learned_epsilon="per_channel")(gate)
+    x = layers.Multiply()([x, layers.Activation("hard_sigmoid")(gate)])
+    return shuffled_weights(
+        keras.Model(inputs, layers.Dense(5)(layers.GlobalAveragePooling2D()(x)))
+    )
+
+
+def trace(model):
+    import torch
+
+    with warnings.catch_warnings(), torch.no_grad():
+        # Of the tracer: that it is to be replaced, and of sizes that Keras reads.
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(model.eval(), torch.zeros(SHAPE))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="traces PyTorch")
+def test_a_trace_has_the_maximum_of_two_tensors():
+    """`clamp` with a tensor as its bound is refused by coremltools."""
+    graph = str(trace(model_with_gates()).inlined_graph)
+    assert graph.count("aten::maximum") == 2
+    tensors = [line for line in graph.splitlines() if "aten::clamp" in line and "Float(" in line]
+    assert not [line for line in tensors if line.count("Float(") > 1]
+
+
+@pytest.mark.skipif(BACKEND not in ("torch", "tensorflow"), reason="what coremltools reads")
+@pytest.mark.filterwarnings("ignore")  # of coremltools, about the versions of what it reads
+def test_coremltools_converts_the_layers(tmp_path):
+    coremltools = pytest.importorskip("coremltools", reason="pip install coremltools")
+    model = model_with_gates()
+    options = {"convert_to": "mlprogram", "skip_model_load": True}
+    if BACKEND == "torch":
+        options["inputs"] = [coremltools.TensorType(shape=SHAPE)]
+        converted = coremltools.convert(trace(model), **options)
+    else:
+        import tensorflow as tf
+
+        model.export(tmp_path / "saved", verbose=False)
+        serve = tf.saved_model.load(tmp_path / "saved").signatures["serving_default"]
+        converted = coremltools.convert([serve], source="tensorflow", **options)
+    (function,) = converted._mil_program.functions.values()
+    kinds = [operation.op_type for operation in function.operations]
+    assert kinds.count("rsqrt") == 2
+    assert kinds.count("maximum") == 2
