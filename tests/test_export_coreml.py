@@ -1,4 +1,4 @@
-"""Core ML, by way of PyTorch's tracing and from TensorFlow. On Linux coremltools only converts."""
+"""What coremltools reads of PyTorch: a trace."""
 
 import warnings
 
@@ -44,24 +44,3 @@ def test_a_trace_has_the_maximum_of_two_tensors():
     assert graph.count("aten::maximum") == 2
     tensors = [line for line in graph.splitlines() if "aten::clamp" in line and "Float(" in line]
     assert not [line for line in tensors if line.count("Float(") > 1]
-
-
-@pytest.mark.skipif(BACKEND not in ("torch", "tensorflow"), reason="what coremltools reads")
-@pytest.mark.filterwarnings("ignore")  # of coremltools, about the versions of what it reads
-def test_coremltools_converts_the_layers(tmp_path):
-    coremltools = pytest.importorskip("coremltools", reason="pip install coremltools")
-    model = model_with_gates()
-    options = {"convert_to": "mlprogram", "skip_model_load": True}
-    if BACKEND == "torch":
-        options["inputs"] = [coremltools.TensorType(shape=SHAPE)]
-        converted = coremltools.convert(trace(model), **options)
-    else:
-        import tensorflow as tf
-
-        model.export(tmp_path / "saved", verbose=False)
-        serve = tf.saved_model.load(tmp_path / "saved").signatures["serving_default"]
-        converted = coremltools.convert([serve], source="tensorflow", **options)
-    (function,) = converted._mil_program.functions.values()
-    kinds = [operation.op_type for operation in function.operations]
-    assert kinds.count("rsqrt") == 2
-    assert kinds.count("maximum") == 2
