@@ -191,7 +191,8 @@ MODELS = {
         stackwise_depth=[1, 2],
         stackwise_strides=[2, 2],
         stackwise_num_filters=[32, 48],
-        block_type="dark",
+        block_type="dark_block",
+        stage_type="dark",
     ),
     "hub Xception": hub_backbone(
         "Xception",
