@@ -14,6 +14,7 @@ GPU."""
 
 import argparse
 import csv
+import functools
 import gzip
 import itertools
 import os
@@ -28,7 +29,7 @@ import keras
 import xla
 from common import BN, RESULTS, normalizations
 from keras import layers
-from network import apply, conv, resnet20
+from network import apply, conv, resnet20, unet3d
 
 BACKEND = keras.backend.backend()
 FIELDS = [
@@ -79,31 +80,12 @@ def resnet50(normalize):
     return keras.Model(inputs, layers.Dense(1000)(x))
 
 
-def unet3d(normalize):
-    """A 3D U-Net of three levels, 32 to 128 channels, on volumes of 64x64x64."""
-
-    def block(x, filters):
-        for _ in range(2):
-            x = apply(layers.Conv3D(filters, 3, padding="same", use_bias=False)(x), normalize)
-        return x
-
-    inputs = keras.Input((64, 64, 64, 1))
-    x, skips = block(inputs, 32), []
-    for filters in (64, 128):
-        skips.append(x)
-        x = block(layers.Conv3D(filters, 2, 2, use_bias=False)(x), filters)
-    for filters in (64, 32):
-        x = layers.Conv3DTranspose(filters, 2, 2, use_bias=False)(x)
-        x = block(layers.Concatenate()([x, skips.pop()]), filters)
-    return keras.Model(inputs, layers.Conv3D(4, 1)(x))
-
-
 # Of each network: what builds it, and the batch size.
 NETWORKS = {
     "ResNet-20": (resnet20, 128),
     "three convolutions": (three_convolutions, 256),
     "ResNet-50": (resnet50, 128),
-    "3D U-Net": (unet3d, 2),
+    "3D U-Net": (functools.partial(unet3d, size=64, width=32), 2),
 }
 
 

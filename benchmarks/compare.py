@@ -14,6 +14,7 @@ rows to results/compare.csv, a number each; a second call goes on where the firs
 
 import argparse
 import csv
+import functools
 import gc
 import os
 import re
@@ -30,7 +31,7 @@ import keras
 import numpy as np
 from common import BACKEND, BN, RESULTS, interleaved, normalizations
 from keras import layers
-from network import apply, conv, resnet20
+from network import apply, conv, resnet20, unet3d
 
 import keras_frn
 
@@ -70,30 +71,11 @@ def mobilenet(normalize):
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
-def unet3d(normalize):
-    """A 3D U-Net of three levels, 16 to 64 channels, on volumes of 32x32x32."""
-
-    def block(x, filters):
-        for _ in range(2):
-            x = apply(layers.Conv3D(filters, 3, padding="same", use_bias=False)(x), normalize)
-        return x
-
-    inputs = keras.Input((32, 32, 32, 1))
-    x, skips = block(inputs, 16), []
-    for filters in (32, 64):
-        skips.append(x)
-        x = block(layers.Conv3D(filters, 2, 2, use_bias=False)(x), filters)
-    for filters in (32, 16):
-        x = layers.Conv3DTranspose(filters, 2, 2, use_bias=False)(x)
-        x = block(layers.Concatenate()([x, skips.pop()]), filters)
-    return keras.Model(inputs, layers.Conv3D(4, 1)(x))
-
-
 NETWORKS = {
     "ResNet-20": resnet20,
     "ResNet-18": resnet18,
     "MobileNetV2": mobilenet,
-    "3D U-Net": unet3d,
+    "3D U-Net": functools.partial(unet3d, size=32, width=16),
 }
 
 

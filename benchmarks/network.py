@@ -67,6 +67,25 @@ def resnet50(normalize):
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
+def unet3d(normalize, size, width):
+    """A 3D U-Net of three levels, `width` to four times as many channels, on cubes of `size`."""
+
+    def block(x, filters):
+        for _ in range(2):
+            x = apply(layers.Conv3D(filters, 3, padding="same", use_bias=False)(x), normalize)
+        return x
+
+    inputs = keras.Input((size, size, size, 1))
+    x, skips = block(inputs, width), []
+    for filters in (2 * width, 4 * width):
+        skips.append(x)
+        x = block(layers.Conv3D(filters, 2, 2, use_bias=False)(x), filters)
+    for filters in (2 * width, width):
+        x = layers.Conv3DTranspose(filters, 2, 2, use_bias=False)(x)
+        x = block(layers.Concatenate()([x, skips.pop()]), filters)
+    return keras.Model(inputs, layers.Conv3D(4, 1)(x))
+
+
 def compiled(model, jit_compile):
     model.compile(
         keras.optimizers.SGD(1e-3),
