@@ -7,7 +7,7 @@ import sys
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
+from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 
 FOLDER = pathlib.Path(__file__).parent / "images"
@@ -114,12 +114,87 @@ def zero_mean():
     return figure
 
 
+def _diagram(width, height):
+    """A figure whose axes count in inches, and functions that draw boxes and arrows on it."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+
+    def box(x, y, text, size, color=GREY):
+        corner = (x - size[0] / 2, y - size[1] / 2)
+        style = "round,pad=0,rounding_size=0.08"
+        axes.add_patch(FancyBboxPatch(corner, *size, style, facecolor=color, edgecolor=LINE))
+        ink = "white" if color == BLUE else DARK
+        axes.text(x, y, text, ha="center", va="center", color=ink, linespacing=1.3)
+
+    def arrow(start, end, label="", shift=(0, 0)):
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": DARK})
+        middle = np.add(start, end) / 2 + shift
+        axes.text(*middle, label, ha="center", va="center", color=DARK)
+
+    return figure, box, arrow
+
+
+def choice():
+    """Which normalization to take."""
+    figure, box, arrow = _diagram(4.2, 4.1)
+    questions = {
+        3.45: (
+            "Can you train at batch 32,\nand may an output depend\non the rest of its batch?",
+            "Batch-\nNormalization",
+        ),
+        1.95: (
+            "Do you need int8 on an NPU or\nmicrocontroller, faster steps,\n"
+            "or an existing FRN network?",
+            "FRN + TLU",
+        ),
+    }
+    for y, (question, answer) in questions.items():
+        box(1.25, y, question, (2.3, 0.95))
+        box(3.55, y, answer, (1.15, 0.6), BLUE)
+        arrow((2.4, y), (2.97, y), "yes", (-0.03, 0.12))
+        arrow((1.25, y - 0.48), (1.25, y - 1.02), "no", (0.2, 0.02))
+    box(1.25, 0.6, "GroupNormalization\nor FRN + TLU", (2.3, 0.6), BLUE)
+    return figure
+
+
+def unet():
+    """The U-Net of the guide."""
+    figure, box, arrow = _diagram(4.2, 2.75)
+    size = (0.95, 0.42)
+    levels = {"8": (0.75, 3.45, 2.3), "16": (1.3, 2.9, 1.45)}
+    for filters, (left, right, y) in levels.items():
+        for x in (left, right):
+            box(x, y, f"block, {filters}", size, BLUE)
+        arrow(
+            (left + 0.48, y), (right - 0.48, y), "concatenate" if filters == "8" else "", (0, 0.12)
+        )
+    box(2.1, 0.6, "block, 32", size, BLUE)
+    for start, end, lower in ((0.75, 1.3, 1.45), (1.3, 2.1, 0.6)):
+        top = lower + 0.85
+        arrow((start, top - 0.21), (end - 0.15, lower + 0.21))
+        arrow((4.2 - end + 0.15, lower + 0.21), (4.2 - start, top - 0.21))
+    figure.axes[0].text(0.05, 1.02, "strided\nconvolution", color=DARK)
+    figure.axes[0].text(4.15, 1.02, "upsampling", color=DARK, ha="right")
+    figure.axes[0].text(
+        2.1, 0.15, "block: twice a convolution, then FRN + TLU", color=DARK, ha="center"
+    )
+    return figure
+
+
 def main(folder=FOLDER):
     """Writes each picture as SVG, the same bytes each time."""
     folder.mkdir(exist_ok=True)
     options = {"svg.hashsalt": "keras-frn", "svg.fonttype": "none", "font.size": 10}
     with matplotlib.rc_context(options):
-        pictures = {"averages": averages, "relu-and-tlu": activations, "zero-mean": zero_mean}
+        pictures = {
+            "averages": averages,
+            "relu-and-tlu": activations,
+            "zero-mean": zero_mean,
+            "choice": choice,
+            "unet": unet,
+        }
         for name, draw in pictures.items():
             draw().savefig(folder / f"{name}.svg", metadata={"Date": None}, facecolor="white")
             print(f"wrote {folder / name}.svg")

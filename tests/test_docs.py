@@ -11,15 +11,17 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND, numpy
+from exporting import stored_shapes
 from markdown_blocks import ROOT, programs, run_code
 from reference import close
 
+import keras_frn
 from keras_frn import cli
 
 # Their blocks are whole programs, each of which names its backend.
 OF_PROGRAMS = ("devices.md", "per-example-gradients.md")
-# test_export.py runs export.md, test_weights_from_elsewhere.py the page of this name.
-OTHERS = ("export.md", "weights-from-elsewhere.md", *OF_PROGRAMS)
+# test_weights_from_elsewhere.py runs the page of this name.
+OTHERS = ("weights-from-elsewhere.md", *OF_PROGRAMS)
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -28,11 +30,24 @@ PAGES = sorted(
 ADDONS = ROOT / "tests" / "addons_models" / "frn_tlu"
 
 
-def _bn_model_and_images():
-    layers = [keras.layers.Conv2D(4, 3, padding="same"), keras.layers.BatchNormalization()]
-    head = [keras.layers.ReLU(), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
-    keras.Sequential([keras.Input((8, 8, 3)), *layers, *head]).save("bn.keras")
+def _model_and_images(path, *normalization):
+    head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+    layers = [keras.layers.Conv2D(4, 3, padding="same"), *normalization, *head]
+    keras.Sequential([keras.Input((8, 8, 3)), *layers]).save(path)
     np.save("images.npy", np.random.default_rng(0).normal(size=(264, 8, 8, 3)).astype("float32"))
+
+
+def _bn_model_and_images():
+    _model_and_images("bn.keras", keras.layers.BatchNormalization(), keras.layers.ReLU())
+
+
+def _frn_model_and_images():
+    _model_and_images("model.keras", keras_frn.FilterResponseNormalizationTLU())
+
+
+def _frn_model_and_images_and_micro():
+    pytest.importorskip("tflite_micro")
+    _frn_model_and_images()
 
 
 def _addons_files():
@@ -55,6 +70,11 @@ def _is_migrated(names):
     assert names["small"].get_layer("tlu").tau.shape == (4,)
 
 
+def _has_a_fixed_batch(names):
+    assert "XNNPACK" in str(names["report"])
+    assert (1, 8, 8, 3) in stored_shapes("model.tflite")
+
+
 def _is_accurate(names):
     # 0.989 was seen.
     assert names["accuracy"] > 0.97
@@ -62,19 +82,26 @@ def _is_accurate(names):
 
 BEFORE = {
     "docs/converting-batch-normalization.md": _bn_model_and_images,
+    "docs/export.md": _frn_model_and_images,
+    "docs/microcontrollers.md": _frn_model_and_images_and_micro,
     "docs/migrating-from-addons.md": _addons_files,
+    "docs/other-formats.md": _frn_model_and_images,
 }
 AFTER = {
     "docs/converting-batch-normalization.md": _is_converted,
     "docs/migrating-from-addons.md": _is_migrated,
+    "docs/export.md": _has_a_fixed_batch,
     "docs/getting-started.md": _is_accurate,
+    "docs/microcontrollers.md": _has_a_fixed_batch,
 }
+# They export LiteRT files, which TensorFlow writes.
+OF_TENSORFLOW = ("README", "docs/getting-started", "docs/export", "docs/microcontrollers")
 
 
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    if page in ("README.md", "docs/getting-started.md") and BACKEND != "tensorflow":
+    if page.removesuffix(".md") in OF_TENSORFLOW and BACKEND != "tensorflow":
         pytest.skip("it exports with TensorFlow")
     monkeypatch.chdir(tmp_path)
     BEFORE.get(page, lambda: None)()

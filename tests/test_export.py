@@ -16,13 +16,10 @@ from exporting import (
     images,
     shuffled_weights,
     small_model,
-    stored_shapes,
 )
 from keras import layers
-from markdown_blocks import run_code
 from reference import close
 
-import keras_frn
 from keras_frn.export import export_tflite
 from keras_frn.export.runtime import LiteRT, LiteRTError
 
@@ -300,17 +297,6 @@ def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"CPU operators = 0 \(0.0%\)", done.stdout)
     assert re.search(r"NPU operators = [1-9]\d* \(100.0%\)", done.stdout)
-
-
-def test_the_examples_of_the_guide(tmp_path, monkeypatch, rng, capsys):
-    monkeypatch.chdir(tmp_path)
-    names = {"model": small_model(), "images": images(rng, 300), "labels": np.zeros(300)}
-    names["keras_frn"] = keras_frn
-    names["model"].save("model.keras")
-    np.save("images.npy", names["images"])
-    assert run_code("docs/export.md", names) == 3
-    assert "XNNPACK" in capsys.readouterr().out
-    assert (1, 12, 12, 3) in stored_shapes("model.tflite")
 
 
 def test_data_that_show_nothing_are_warned_of(tmp_path, rng):
