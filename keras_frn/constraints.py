@@ -1,4 +1,4 @@
-"""Constraints for the kernels in front of the layers."""
+"""Constraints for the kernels before the layers."""
 
 import math
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ __all__ = ["ZeroMean"]
 
 @keras.saving.register_keras_serializable(package="keras_frn")
 class ZeroMean(keras.constraints.Constraint):
-    """Keeps each filter at zero mean, in the manner of `keras.constraints.UnitNorm`.
+    """Constrains each filter to zero mean.
 
     ```
     w = w - mean(w)            over the axes that belong to one filter
     ```
 
-    Filter Response Normalization does not subtract the mean of its input. A filter of zero mean
-    does most of that for it: what its inputs have in common does not pass. Applied after each
-    update, as every constraint, to kernels of rank 2 or more; nothing of it is left at inference.
+    Filter Response Normalization does not subtract the mean of its input. A zero-mean filter
+    removes most of it: an offset that its inputs share does not pass. Like every constraint it is
+    applied after each update, here to kernels of rank 2 or more. Inference costs nothing extra.
 
     Args:
         axis: Int, tuple of ints, or None for all axes but the last, the filters: convolutions
@@ -31,8 +31,7 @@ class ZeroMean(keras.constraints.Constraint):
             `Conv2DTranspose`, `(height, width, out, in)`. Defaults to None.
 
     Raises:
-        ValueError: If the axes are none of these, or a filter would have one weight, which would
-            stay 0.
+        ValueError: if `axis` is invalid, or a filter would have one weight, which would stay 0.
 
     Example:
 
@@ -70,7 +69,7 @@ class ZeroMean(keras.constraints.Constraint):
             raise ValueError(
                 "`axis` must name axes of the kernel that have more than one weight together and "
                 f"leave one for the filters. Received: axis={self.axis} for a kernel of shape "
-                f"{shape}. Use (0, 1) for `DepthwiseConv2D`, and none where a filter is one weight."
+                f"{shape}. Use (0, 1) for `DepthwiseConv2D`, and none if a filter is one weight."
             )
         dtype = keras.backend.standardize_dtype(value.dtype)
         # Half precision is computed in float32. A sum, as `ops.mean` is float32 on JAX.

@@ -44,17 +44,17 @@ class FilterResponseNormalization(keras.layers.Layer):
     y   = gamma * x / sqrt(nu2 + epsilon + |learned_epsilon|) + beta
     ```
 
-    With `epsilon_ratio`, k, each channel's mean square is mixed with a typical one, m, which the
-    weight `mean_square` keeps:
+    With `epsilon_ratio`, k, each channel's mean square is mixed with a typical one, m, stored in
+    the weight `mean_square`:
 
     ```
     y   = gamma * x * sqrt((1 + k) / (nu2 + epsilon + |learned_epsilon| + k * m)) + beta
     ```
 
     There are no batch statistics: training and inference compute the same function, and a sample's
-    result does not depend on the others. Follow it with `TLU`: the mean is not subtracted, so the
+    output does not depend on the others. Follow it with `TLU`: the mean is not subtracted, so the
     threshold has to be learned. If there is one spatial position (dense features, 1x1 maps), use
-    `learned_epsilon=True`: with a small constant epsilon the output is close to sign(x).
+    `learned_epsilon=True`; with a small constant epsilon the output is close to sign(x).
 
     The weights are, in this order, `gamma (channels,)`, `beta (channels,)`, `learned_epsilon (1,)`
     or `(channels,)`, and, not trained, `mean_square (channels,)` and `epsilon_ratio (1,)`; an
@@ -74,8 +74,8 @@ class FilterResponseNormalization(keras.layers.Layer):
         scale: Whether to multiply by the scale `gamma`. Defaults to True.
         beta_initializer: Initializer of the offset. Defaults to `"zeros"`.
         gamma_initializer: Initializer of the scale. Defaults to `"ones"`.
-        learned_epsilon_initializer: Initializer of the learned epsilon. It must not give 0, where
-            the gradient of |x| is 0. Defaults to None, `Constant(1e-4)`.
+        learned_epsilon_initializer: Initializer of the learned epsilon. Must not return 0: the
+            gradient of |x| is 0 there. Defaults to None, `Constant(1e-4)`.
         beta_regularizer: Regularizer of the offset. Defaults to None.
         gamma_regularizer: Regularizer of the scale. Defaults to None.
         learned_epsilon_regularizer: Regularizer of the learned epsilon. Defaults to None.
@@ -92,7 +92,7 @@ class FilterResponseNormalization(keras.layers.Layer):
         inputs: Float or integer tensor.
 
         mask: Booleans, of the shape of the input without the channel axis or a leading part of it.
-            Positions with False do not count in the mean. The mask passes on.
+            Positions with False do not count in the mean. The mask is passed on.
 
     Input shape:
         `(batch, *spatial, channels)`, or `(batch, channels, *spatial)` with `axis=1`. Spatial sizes
@@ -238,7 +238,7 @@ class TLU(keras.layers.Layer):
     z = max(x, tau)            or, with affine=True,    z = max(x, alpha * x + tau)
     ```
 
-    The result is the maximum to the last bit, for every tau.
+    The result is the exact maximum for every tau.
 
     The weights are, in this order, `tau` and `alpha`, of the input's sizes along `axis`, axes in
     ascending order; `alpha` is None without `affine`.
@@ -352,10 +352,10 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
     z   = max(y, tau)          or, with affine=True, z = max(y, alpha * y + tau)
     ```
 
-    Equal to `FilterResponseNormalization` followed by `TLU`, in half as many layers. The weights
-    are, in this order, `gamma`, `beta`, `learned_epsilon`, `tau (channels,)`, `alpha (channels,)`,
-    and, not trained, `mean_square` and `epsilon_ratio`; an attribute is None if the layer has no
-    such weight.
+    Equivalent to `FilterResponseNormalization` followed by `TLU`. The weights are, in
+    this order, `gamma`, `beta`, `learned_epsilon`, `tau (channels,)`, `alpha (channels,)`, and, not
+    trained, `mean_square` and `epsilon_ratio`; an attribute is None if the layer has no such
+    weight.
 
     Args:
         axis: Int, the channel axis. Defaults to -1.

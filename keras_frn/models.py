@@ -1,4 +1,4 @@
-"""Reference networks with FRN and TLU where the sources have a normalization and an activation."""
+"""Reference networks with FRN and TLU in place of a normalization and an activation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,22 +33,23 @@ def resnet(
     """Pre-activation residual network with FRN and TLU, for signals, images and volumes.
 
     ```
-    x = x + conv(frn_tlu(conv(frn_tlu(conv(frn_tlu(x))))))      the bottleneck block: 1, 3, 1 wide
+    x = x + conv(frn_tlu(conv(frn_tlu(conv(frn_tlu(x))))))      bottleneck block, sizes 1, 3, 1
     ```
 
     The network of the paper's ImageNet experiments, ResNetV2-50, with FRN and TLU in place of
-    BatchNormalization and ReLU: a 7 wide convolution and a 3 wide maximum of stride 2, four stages,
-    FRN and TLU, the mean over all positions, logits. Convolutions have no bias. A projection reads
-    what the block's first FRN and TLU give. 18 and 34 have two 3 wide convolutions in a block, the
-    others are bottlenecks. The network is channels-last, whatever `keras.config` says.
+    BatchNormalization and ReLU: a convolution of size 7 and max pooling of size 3, both with stride
+    2, four stages, FRN and TLU, global average pooling, logits. Convolutions have no bias.
+    Projections take the output of the block's first FRN and TLU. Depths 18 and 34 have two
+    convolutions of size 3 per block; the others have bottlenecks. The network is channels-last,
+    whatever `keras.config` says.
 
     Args:
-        input_shape: Tuple `(*spatial, channels)`, with one, two or three spatial sizes, None where
+        input_shape: Tuple `(*spatial, channels)`, with one, two or three spatial sizes, None if
             unknown. Defaults to (224, 224, 3).
         classes: Int, the number of logits. Defaults to 1000.
         depth: Int, the number of layers with weights: 18, 34, 50, 101 or 152. Defaults to 50.
         width: Int, the number of channels of the first stage. Defaults to 64.
-        learned_epsilon: As in `FilterResponseNormalization`. Use True where the last maps, 1/32 of
+        learned_epsilon: As in `FilterResponseNormalization`. Use True if the last maps, 1/32 of
             the input, have one position. Defaults to False.
         kernel_constraint: For the convolutions, not for the logits:
             `keras_frn.constraints.ZeroMean()` helps at small batches. Defaults to None.
@@ -57,7 +58,7 @@ def resnet(
         A `keras.Model` from `(batch, *input_shape)` to the logits, `(batch, classes)`.
 
     Raises:
-        ValueError: If an argument is none of these.
+        ValueError: if an argument is out of its range.
 
     Example:
 
@@ -131,9 +132,9 @@ def resnet_cifar(
     ```
 
     Three stages of `(depth - 2) / 6` blocks with 16, 32 and 64 channels, convolutions with bias, a
-    projection where a stage begins, the mean over all positions, logits. As in its source, every
-    FRN has its TLU, and `activation` follows. With `activation="tlu"` nothing follows, no TLU
-    stands in front of the addition, and a TLU stands behind it: FRN and TLU in place of
+    projection at the start of a stage, global average pooling, logits. As in its source, a TLU
+    follows every FRN, and then `activation`. With `activation="tlu"` there is no other activation,
+    and the last TLU of a block comes after the addition: FRN and TLU in place of
     BatchNormalization and ReLU. 274,042 parameters at the defaults. The network is channels-last,
     whatever `keras.config` says.
 
@@ -168,7 +169,7 @@ def resnet_cifar(
         A `keras.Model` from `(batch, *input_shape)` to the logits, `(batch, classes)`.
 
     Raises:
-        ValueError: If an argument is none of these.
+        ValueError: if an argument is out of its range.
 
     Example:
 

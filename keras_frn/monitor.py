@@ -1,4 +1,4 @@
-"""What the FRN and TLU layers of a model do, epoch by epoch: as numbers and as a picture."""
+"""Monitors the FRN and TLU layers of a model, in numbers and in a plot."""
 
 import collections
 from collections.abc import Sequence
@@ -19,17 +19,18 @@ __all__ = ["FRNMonitor", "list_frn_layers", "measure_layers", "plot_layers"]
 class FRNMonitor(keras.callbacks.Callback):
     """Monitors FRN and TLU layers for dead channels and extreme epsilons, epoch by epoch.
 
-    After each epoch it runs some samples through the model, at inference, and takes for each layer
+    After each epoch it runs some samples through the model in inference mode, and records for each
+    layer
 
     - `at_tau`, the fraction of outputs that are at the threshold, and `dead`, the fraction of
-      channels all of whose outputs are: such a channel gives a constant and learns nothing but tau;
+      channels all of whose outputs are: such a channel is constant and trains only tau;
     - `epsilon_ratio`, the median over the channels of epsilon / mean square. Far below 1 is FRN as
       in the paper; far above 1 hardly normalizes;
     - `spread`, the largest mean square of a channel over the smallest. At 1e4, a factor of 100
-      between channels, plain 8-bit files lose their accuracy, and `export_tflite` keeps it;
+      between channels, plain 8-bit files lose accuracy; `export_tflite` keeps it;
     - the least and the largest value of each weight, as `gamma_min`, `gamma_max`, ...
 
-    Positions that are masked count. The values are in `records`, a list of dicts with the keys
+    Masked positions count. The values are in `records`, a list of dicts with the keys
     `epoch`, `layer` and those above, and in Keras' logs: `CSVLogger` and other callbacks after this
     one in the list see them.
 
@@ -42,7 +43,7 @@ class FRNMonitor(keras.callbacks.Callback):
             logs.
 
     Raises:
-        ValueError: If the model has no FRN or TLU layer, or the data do not fit it: when training
+        ValueError: if the model has no FRN or TLU layer, or the data do not fit it: when training
             starts, or after the first batch of a model that `fit` builds.
 
     Example:

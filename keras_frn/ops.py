@@ -40,8 +40,8 @@ def filter_response_normalization(
         epsilon: Added to the mean square: a float, or a sequence or tensor of one element or of one
             per channel. Defaults to 1e-6.
         mask: True at the positions that count in the mean; its shape is that of `x` without the
-            channel axis, or a leading part of it. Other positions are normalized, too. Defaults to
-            None.
+            channel axis, or a leading part of it. Other positions are normalized as well.
+            Defaults to None.
         dtype: Dtype of the result. Defaults to None, x's dtype (`keras.config.floatx()` for
             integers).
 
@@ -74,7 +74,7 @@ def tlu(
     axis: int | tuple[int, ...] = -1,
     dtype: str | None = None,
 ) -> Tensor:
-    """Thresholded Linear Unit: the maximum to the last bit, for every tau, infinities included.
+    """Applies the Thresholded Linear Unit, an exact maximum for every tau, infinities included.
 
     ```
     z = max(x, tau)            or, with alpha,    z = max(x, alpha * x + tau)
@@ -120,14 +120,14 @@ def filter_response_normalization_tlu(
     mask: Tensor | None = None,
     dtype: str | None = None,
 ) -> Tensor:
-    """Filter Response Normalization and Thresholded Linear Unit in one step.
+    """Applies Filter Response Normalization and the Thresholded Linear Unit in one step.
 
     ```
     y = gamma * x / sqrt(mean(x * x) + epsilon) + beta
     z = max(y, tau)            or, with alpha,    z = max(y, alpha * y + tau)
     ```
 
-    Equal to the two operations one after the other; in half precision it rounds once, not twice.
+    Equivalent to the two operations in sequence, but half precision is rounded once, not twice.
 
     Args:
         x: As in `filter_response_normalization`.

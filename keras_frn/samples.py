@@ -24,7 +24,7 @@ BATCH_SIZE = 32
 class Samples:
     """Calibration data as batches, each a list of arrays in the order of the model's inputs.
 
-    It can be iterated again and again. An array is read batch by batch; what comes from an iterable
+    It can be iterated repeatedly. An array is read batch by batch; what comes from an iterable
     is kept. `count` is the number of samples, and `ranges` has a pair of the least and the largest
     value of each input. `fixed_size` is the batch size of a model that has one.
 
@@ -43,7 +43,7 @@ class Samples:
             `"calibration_data"`.
 
     Raises:
-        ValueError: If the model is not built, or if the data are empty, not finite or do not fit
+        ValueError: if the model is not built, or if the data are empty, not finite or do not fit
             its inputs.
     """
 
