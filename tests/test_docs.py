@@ -99,6 +99,7 @@ OF_TENSORFLOW = ("README", "docs/getting-started", "docs/export", "docs/microcon
 
 
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
+@pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")  # Keras' ONNX export
 @pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page.removesuffix(".md") in OF_TENSORFLOW and BACKEND != "tensorflow":
