@@ -98,6 +98,20 @@ AFTER = {
 OF_TENSORFLOW = ("README", "docs/getting-started", "docs/export", "docs/microcontrollers")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """The code is run, not measured, and XLA's optimizations take most of the time on JAX."""
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 @pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")  # Keras' ONNX export
 @pytest.mark.parametrize("page", PAGES)
@@ -126,7 +140,7 @@ def test_programs_in_guides(block, tmp_path):
     result = subprocess.run(
         [sys.executable, "program.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         stdout=subprocess.PIPE,
         text=True,
     )
