@@ -106,10 +106,9 @@ def _quick_compilation():
         return
     import jax
 
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
