@@ -316,7 +316,7 @@ def test_trainable_weights_come_first_where_names_do_not_tell(tmp_path):
     assert firsts(*layers) == [0, 1, 3, 4, 2]
 
 
-def test_arrays_that_are_not_those_of_addons_are_told(tmp_path):
+def test_arrays_of_other_packages_are_reported(tmp_path):
     """Another package has layers and arrays of these names, and of this shape."""
     path = weights_file(tmp_path / "w.h5", a="a/beta a/gamma")
     model = model_of(FilterResponseNormalization(name="a"))
@@ -325,7 +325,7 @@ def test_arrays_that_are_not_those_of_addons_are_told(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`path` has arrays of FRN layers that are not those of Addons")
-def test_weights_that_no_layer_has_are_not_forgotten(tmp_path):
+def test_weights_outside_of_layers_are_refused(tmp_path):
     path = weights_file(tmp_path / "w.h5", n="n/gamma n/beta")
     model = model_of(FilterResponseNormalization(name="n"))
     model.scale = model.add_weight(shape=(), name="scale")
@@ -408,7 +408,7 @@ def test_every_layer_of_keras_2_is_built_or_refused():
     assert refused == {"AbstractRNNCell"} | tables | gone
 
 
-def test_an_argument_that_keras_3_has_not_is_refused_where_it_matters(tmp_path):
+def test_an_argument_unknown_to_keras_3_is_refused_if_it_matters(tmp_path):
     def change(layers):
         config = {"name": "d", "kernel_size": [1, 1], "groups": 2}
         layers.insert(1, {"class_name": "DepthwiseConv2D", "config": config})
@@ -427,7 +427,7 @@ def test_epsilon_becomes_positive(tmp_path, given, expected):
     assert ours.epsilon == expected
 
 
-def test_a_graph_that_goes_in_a_circle_is_refused():
+def test_a_cyclic_graph_is_refused():
     node = {"class_name": "ReLU", "config": {"name": "a"}, "inbound_nodes": [[["a", 0, 0, {}]]]}
     config = {"layers": [node], "input_layers": ["a", 0, 0], "output_layers": ["a", 0, 0]}
     with pytest.raises(ValueError, match=r"Functional 'm' .*recursion"):
@@ -543,7 +543,7 @@ def test_bad_arguments_of_load_addons_model(arguments, message):
         load_addons_model(**arguments)
 
 
-def test_what_the_machine_lacks_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+def test_a_missing_package_is_not_reported_as_a_bad_file(tmp_path, monkeypatch):
     for path in ("/nowhere/model.h5", "/nowhere/saved_model.zip"):
         with pytest.raises(FileNotFoundError):
             load_addons_model(path)

@@ -111,7 +111,7 @@ def _uninterrupted():
 
 @pytest.mark.parametrize("saves_first", [False, True])
 @pytest.mark.parametrize("save_freq", ["epoch", 4])
-def test_a_training_that_is_killed_goes_on_where_it_was(save_freq, saves_first, tmp_path):
+def test_a_killed_training_run_resumes(save_freq, saves_first, tmp_path):
     whole, start, x, y = _uninterrupted()
     model = keras.models.clone_model(whole)
     for callbacks in ([Kill(12)], []):
@@ -129,7 +129,7 @@ def test_a_training_that_is_killed_goes_on_where_it_was(save_freq, saves_first, 
         assert _ratio(model) == _expected(28)
 
 
-def test_a_training_goes_on_after_saving_and_loading(tmp_path):
+def test_a_training_run_continues_after_saving_and_loading(tmp_path):
     whole, start, x, y = _uninterrupted()
     model = keras.models.clone_model(whole)
     model.set_weights(start)
@@ -142,7 +142,7 @@ def test_a_training_goes_on_after_saving_and_loading(tmp_path):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_second_training_goes_on_after_compile_and_ends_at_the_last_ratio():
+def test_a_second_training_run_continues_after_compile():
     model, x, y = _converted()
     schedule = EpsilonScheduler(**STEPS)
     for epochs, expected in ((2, 16), (1, 24), (3, 40)):

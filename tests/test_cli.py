@@ -131,7 +131,7 @@ def test_migrate_prints_the_layers_and_the_outputs_for_a_check(tmp_path, capsys)
     assert f"{expected.ravel()[0]:.4f}"[:5] in printed
 
 
-def test_migrate_refuses_what_is_no_such_file(files, capsys):
+def test_migrate_refuses_other_files(files, capsys):
     assert run("migrate", files / "x.npy", files / "new.keras") == 2
     assert "x.npy" in capsys.readouterr().err
     assert not (files / "new.keras").exists()
@@ -290,7 +290,7 @@ def test_a_warning_of_an_export_is_not_in_its_report_again(files, capsys):
     assert "`--calibration` has 4 different samples" in printed.err
 
 
-def test_a_size_that_is_no_number_is_told(files, capsys):
+def test_a_size_that_is_not_a_number_is_refused(files, capsys):
     with pytest.raises(SystemExit):
         run("export", files / "frn.keras", files / "m.tflite", "--input-shape", "1,8,x")
     assert "--input-shape: must be sizes with commas between" in capsys.readouterr().err
@@ -314,7 +314,7 @@ def test_what_a_process_says_at_its_end_is_visible():
     assert b"dead" in result.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(files, capsys, monkeypatch):
+def test_a_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
     """While the command prints, or at its end when it writes what Python kept."""
     read, write = os.pipe()
     os.close(read)

@@ -240,7 +240,7 @@ def test_epsilon_is_in_proportion_to_the_mean_square(learned, rng):
     assert float(np.asarray(frn.epsilon_ratio)[0]) == 2.0
 
 
-def test_a_single_position_is_never_forced_to_unit_energy(rng):
+def test_outputs_at_a_single_position_differ(rng):
     model = _trained(_dense(), rng)
     x = rng.normal(size=(30, 6)).astype("float32")
     for converted in (_convert(model, epsilon_ratio=0.0), _convert(model, x, epsilon_ratio=0.0)):
@@ -433,7 +433,7 @@ def test_regularizers_constraints_and_dtype_pass_on():
     assert (frn.compute_dtype, frn.axis) == ("float16", 1)
 
 
-def test_a_relu_behind_the_border_of_a_nested_model_becomes_tlu(rng):
+def test_a_relu_after_a_nested_model_becomes_tlu(rng):
     def block(name):
         stack = [layers.Conv2D(4, 3, padding="same"), layers.BatchNormalization(name=name)]
         return keras.Sequential([keras.Input((6, 6, 4)), *stack])
@@ -756,7 +756,7 @@ def test_a_preprocessor_is_applied_to_the_data_and_named(rng):
         close(weight, expected, 1e-6)  # one rounding of the images
 
 
-def test_a_ratio_that_is_too_small_for_the_model_is_said(rng):
+def test_a_ratio_too_small_for_the_model_is_reported(rng):
     stack = [layers.Dense(3), layers.BatchNormalization(), layers.Flatten()]
     model = keras.Sequential([keras.Input((8, 3)), *stack])
     # Samples of very different energy, which FRN brings to one.

@@ -171,7 +171,7 @@ def test_a_file_that_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["temporary folder", "file"])
-def test_a_disk_that_cannot_be_written_is_not_the_models_fault(what, tmp_path, monkeypatch):
+def test_a_disk_that_cannot_be_written_is_an_os_error(what, tmp_path, monkeypatch):
     """The temporary folder is absent or full, or the disk becomes full with the file."""
     (tmp_path / "m.tflite").write_bytes(b"before")
     if what == "file":

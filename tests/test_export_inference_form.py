@@ -232,7 +232,7 @@ POOLINGS = {
 
 @pytest.mark.parametrize("name", POOLINGS)
 @pytest.mark.parametrize("integer_form", [False, True])
-def test_maxima_are_taken_before_the_scale_where_that_is_exact(name, integer_form, rng):
+def test_max_pooling_moves_before_the_scale_if_exact(name, integer_form, rng):
     make, first = POOLINGS[name]
     after = [layers.Conv2D(4, 1), layers.Flatten(), layers.Dense(3)]
     convolution = layers.Conv2D(4, 3, padding="same")
@@ -248,7 +248,7 @@ def test_maxima_are_taken_before_the_scale_where_that_is_exact(name, integer_for
     assert (copy.normalizations[0].pooling is not None) == first
 
 
-def test_a_maximum_is_not_taken_first_where_something_else_reads_what_is_pooled(tmp_path, rng):
+def test_max_pooling_stays_if_its_input_has_other_consumers(tmp_path, rng):
     inputs = keras.Input((10, 10, 4))
     x = frn_tlu_layer()(layers.Conv2D(4, 3)(inputs))
     pooled = layers.Flatten()(layers.MaxPooling2D(2)(x))

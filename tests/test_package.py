@@ -142,7 +142,7 @@ def test_import_loads_nothing_that_another_backend_or_an_extra_needs():
         ),
     ],
 )
-def test_a_keras_that_is_of_no_use_is_told_in_a_sentence(environment, code, message):
+def test_an_unusable_keras_raises_a_one_line_error(environment, code, message):
     result = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nimport keras_frn"],
         env={**os.environ, **environment},
