@@ -177,8 +177,12 @@ def _messages():
 
 def test_troubleshooting_quotes_the_package():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    export = (ROOT / "docs" / "export.md").read_text()
+    table = export.partition("## If the report warns")[2].partition("##")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    cells = [f"**{quote}**" for cell in cells for quote in re.findall("`[^`]+`", cell)]
     # What others say names its source, or is a word of a tool.
-    titles = [line for line in page.splitlines() if line.startswith("**`")]
+    titles = [line for line in page.splitlines() if line.startswith("**`")] + cells
     quotes = [
         quote
         for line in titles
