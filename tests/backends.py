@@ -27,10 +27,12 @@ def gradients(function, arrays, upstream):
     elif BACKEND == "jax":
         import jax
 
-        z, pullback = jax.vjp(
-            lambda a: function(**a), {n: jax.numpy.asarray(a) for n, a in arrays.items()}
-        )
-        (found,) = pullback(upstream)
+        @jax.jit  # one program to compile, and not one for each operation and shape
+        def run(arrays):
+            z, pullback = jax.vjp(lambda a: function(**a), arrays)
+            return z, *pullback(upstream)
+
+        z, found = run({n: jax.numpy.asarray(a) for n, a in arrays.items()})
     else:
         import torch
 
