@@ -12,7 +12,7 @@ import pytest
 from backends import BACKEND
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="the studies run on JAX, once is enough")
+of_a_study = pytest.mark.skipif(BACKEND != "jax", reason="the studies run on JAX, once is enough")
 
 
 @pytest.fixture
@@ -50,6 +50,8 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@of_a_study
+@pytest.mark.slow
 def test_small_batch(fashion, tmp_path):
     names = ("--batches", 2, "--only", "BatchNormalization + ReLU")
     common = ("--data", fashion, "--results", tmp_path, "--images", 8)
@@ -78,6 +80,7 @@ def test_small_batch(fashion, tmp_path):
     assert rows(table)[-1]["variant"] == change
 
 
+@pytest.mark.once
 def test_the_summary_says_who_wins(capsys, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     report = __import__("report")
@@ -89,6 +92,8 @@ def test_the_summary_says_who_wins(capsys, monkeypatch):
     assert report.verdict(better, ours, "x") == "ahead of x by 1.1 ± 0.2"
 
 
+@of_a_study
+@pytest.mark.slow
 def test_segmentation(tmp_path):
     out = run(
         *("segmentation.py", "--results", tmp_path, "--steps", 3, "--seeds", 1, "--size", 8),

@@ -326,7 +326,6 @@ def test_a_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
     assert "keras-frn" not in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
 def test_control_c(tmp_path):
     pytest.importorskip("sklearn", reason="of the [demo] extra")

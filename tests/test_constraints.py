@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 from backends import float64_enabled, numpy
 from keras import layers
-from markdown_blocks import run_code
 
 from keras_frn.constraints import ZeroMean
 
@@ -97,12 +96,6 @@ def test_save_and_load(tmp_path, rng):
     assert tuple(loaded.layers[0].depthwise_constraint.axis) == (0, 1)
     assert second["kernel_constraint"]["config"] == {"axis": None}
     np.testing.assert_array_equal(numpy(loaded(x)), numpy(model(x)))
-
-
-def test_the_code_of_the_guide_runs():
-    names = {}
-    assert run_code("docs/small-batches.md", names) == 2
-    assert names["block"].output_shape == (None, 32, 32, 16)
 
 
 @pytest.mark.parametrize("axis", [True, 1.0, "channels", (), (0, 0), (0, None)])

@@ -7,7 +7,6 @@ pytest.importorskip("sklearn", reason="of the [demo] extra")
 pytest.importorskip("matplotlib", reason="of the [demo] extra")
 
 
-@pytest.mark.slow
 def test_a_short_demo(tmp_path, capsys):
     rows = demo.run(tmp_path / "new" / "folder", epochs=3)
     expected = {"trained model", ".keras, reloaded"}

@@ -78,6 +78,7 @@ def test_distributed_data_parallel():
         assert result["buffers"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="of Keras' distributions on JAX")
 def test_keras_distributions_and_a_split_volume():
     (result,) = run("devices_jax.py")

@@ -87,12 +87,19 @@ BEFORE = {
     "docs/migrating-from-addons.md": _addons_files,
     "docs/other-formats.md": _frn_model_and_images,
 }
+
+
+def _has_a_block(names):
+    assert names["block"].output_shape == (None, 32, 32, 16)
+
+
 AFTER = {
     "docs/converting-batch-normalization.md": _is_converted,
     "docs/migrating-from-addons.md": _is_migrated,
     "docs/export.md": _has_a_fixed_batch,
     "docs/getting-started.md": _is_accurate,
     "docs/microcontrollers.md": _has_a_fixed_batch,
+    "docs/small-batches.md": _has_a_block,
 }
 # They export LiteRT files, which TensorFlow writes.
 OF_TENSORFLOW = ("README", "docs/getting-started", "docs/export", "docs/microcontrollers")
@@ -113,7 +120,11 @@ def _quick_compilation():
 
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 @pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")  # Keras' ONNX export
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    # The layers on every backend; the tools have tests of their own there.
+    [pytest.param(p, marks=[pytest.mark.once] * (p != "docs/layers.md")) for p in PAGES],
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page.removesuffix(".md") in OF_TENSORFLOW and BACKEND != "tensorflow":
         pytest.skip("it exports with TensorFlow")

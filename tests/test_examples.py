@@ -68,7 +68,8 @@ def bayesian():
         assert np.isfinite(list(result.values())).all()
 
 
-# The backends of each. JAX takes a minute to compile and run convolutions of volumes on a CPU.
+# The backends of each; those of JAX alone are slow. It takes a minute for volumes on
+# a CPU.
 CHECKS = {
     bayesian: ("jax",),
     image_classification: ("tensorflow", "jax", "torch"),
@@ -80,7 +81,11 @@ CHECKS = {
 
 # jax-privacy's own.
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(c, marks=[pytest.mark.slow] * (CHECKS[c] == ("jax",))) for c in CHECKS],
+    ids=lambda check: check.__name__,
+)
 def test_an_example_runs(check):
     if BACKEND not in CHECKS[check]:
         pytest.skip(f"runs on {', '.join(CHECKS[check])}")

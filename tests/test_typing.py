@@ -62,7 +62,6 @@ WRONG = [
 
 
 @pytest.mark.once
-@pytest.mark.slow
 def test_mypy_takes_right_code_and_refuses_each_wrong_line(tmp_path):
     (tmp_path / "user.py").write_text(BEFORE + RIGHT + "\n".join(WRONG) + "\n")
     (tmp_path / "mypy.ini").write_text(
