@@ -53,13 +53,14 @@ def test_resnet_has_the_convolutions_of_the_pre_activation_resnet():
     assert model.output_shape == (None, 1000)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("input_shape", "size"),
     [
         pytest.param((96, 3), 3, id="1d"),
-        pytest.param((64, 64, 3), 9, id="2d", marks=pytest.mark.once),
-        pytest.param((32, 32, 32, 3), 27, id="3d", marks=pytest.mark.once),
-        pytest.param((None, None, 3), 9, id="sizes unknown", marks=pytest.mark.once),
+        pytest.param((64, 64, 3), 9, id="2d"),
+        pytest.param((32, 32, 32, 3), 27, id="3d"),
+        pytest.param((None, None, 3), 9, id="sizes unknown"),
     ],
 )
 def test_resnet_of_every_rank(input_shape, size):

@@ -186,7 +186,6 @@ def examples():
         yield from (test for test in found if "```python" in test.docstring)
 
 
-@pytest.mark.each_backend
 @pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
 def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
     if "export" in example.name and BACKEND != "tensorflow":
