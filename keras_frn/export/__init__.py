@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from ..layers import FilterResponseNormalization
 from ..samples import Samples
 from ..typing import CalibrationData, PathLike
-from .check import compare, find_bound, find_doubts
+from .check import check_outputs, compare, find_bound
 from .converters import ConversionError, convert, import_quantizer
 from .inference_form import InferenceCopy
 from .presets import PRESETS, Preset, Scheme
@@ -182,7 +182,7 @@ def export_tflite(
     def write_part(part: keras.Model) -> Callable[..., Any]:
         return LiteRT(convert(part, PRESETS[None], specs, samples)[0], names)
 
-    doubts = find_doubts(model, specs, samples, quantization, found.fraction, write_part)
+    doubts = check_outputs(model, specs, samples, quantization, found.fraction, write_part)
     is_quantized = quantization is None or plain.is_quantized()
     doubts += _describe_floats(in_float, scheme, is_quantized)
     for text in doubts:

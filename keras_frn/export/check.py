@@ -16,7 +16,7 @@ from .converters import ConversionError
 from .presets import PRESETS, Preset
 from .runtime import LiteRTError
 
-__all__ = ["Comparison", "compare", "find_bound", "find_doubts"]
+__all__ = ["Comparison", "check_outputs", "compare", "find_bound"]
 
 # How far models in half precision may be from a float32 file: the roundings are theirs.
 _HALF_BOUND = 0.05
@@ -99,7 +99,7 @@ def _is_half(model: keras.Model) -> bool:
     return bool(dtypes & {"float16", "bfloat16"})
 
 
-def find_doubts(
+def check_outputs(
     model: keras.Model,
     specs: Any,
     samples: Samples,
