@@ -268,7 +268,8 @@ def _align(name: str, parameter: Any, x: Tensor, axes: tuple[int, ...]) -> Tenso
                 "name the axes along which it varies."
             )
         for axis, size in zip(axes, received):
-            shape[axis] = size
+            # Not the size, which a trace of PyTorch, as coremltools reads it, would compute.
+            shape[axis] = -1 if len(axes) == 1 else size
     return ops.reshape(parameter, shape)
 
 

@@ -1,4 +1,4 @@
-"""What coremltools reads of PyTorch: a trace."""
+"""Core ML, by way of a trace of PyTorch or of a SavedModel. Linux converts, and does not run it."""
 
 import warnings
 
@@ -44,3 +44,23 @@ def test_a_trace_has_the_maximum_of_two_tensors():
     assert graph.count("aten::maximum") == 2
     tensors = [line for line in graph.splitlines() if "aten::clamp" in line and "Float(" in line]
     assert not [line for line in tensors if line.count("Float(") > 1]
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="coremltools reads PyTorch and TensorFlow")
+def test_coremltools_converts_each_layer(tmp_path):
+    coremltools = pytest.importorskip("coremltools")
+    model = model_with_gates()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of versions that coremltools was not tested with
+        if BACKEND == "torch":
+            inputs = [coremltools.TensorType(shape=SHAPE)]
+            converted = coremltools.convert(trace(model), inputs=inputs)
+        else:
+            import tensorflow as tf
+
+            model.export(tmp_path, format="tf_saved_model", verbose=False)
+            loaded = tf.saved_model.load(str(tmp_path))  # its functions need it alive
+            functions = [loaded.signatures["serving_default"]]
+            converted = coremltools.convert(functions, source="tensorflow")
+    (output,) = converted.get_spec().description.output
+    assert tuple(output.type.multiArrayType.shape) in {(), (1, 5)}
