@@ -342,6 +342,8 @@ def study(name, write):
             model, calibration_data=data[:CALIBRATION], verbose=False, return_report=True
         )
     print(*(str(w.message) for w in caught), sep="\n", flush=True)
+    if getattr(converted, "preprocessor", None) is None:
+        data = given  # the copy of a class that needs more than a graph takes prepared images
     left = [x for x in converted._flatten_layers(include_self=False) if is_batch_normalization(x)]
     said = " ".join(str(w.message) for w in caught)
     named = sum(int(n) for n in re.findall(r"keeps (\d+) of", said))
