@@ -329,7 +329,7 @@ def test_weights_outside_of_layers_are_refused(tmp_path):
     path = weights_file(tmp_path / "w.h5", n="n/gamma n/beta")
     model = model_of(FilterResponseNormalization(name="n"))
     model.scale = model.add_weight(shape=(), name="scale")
-    with pytest.raises(ValueError, match="weights outside of its layers"):
+    with pytest.raises(ValueError, match=r"it holds no array for '.*/scale'"):
         load_addons_weights(model, path)
 
 

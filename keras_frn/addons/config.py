@@ -3,12 +3,11 @@
 Nothing in it is imported by name or run: names are those of Keras' classes or `custom_objects`.
 """
 
-import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -21,6 +20,8 @@ from .operators import call_operator
 
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
 OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
+# What becomes of a TLU: the axes of its weights, and how many stored values share one.
+Thresholds: TypeAlias = tuple[int | tuple[int, ...], int]
 BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
 _WITH_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 _WITH_TABLE = ("StringLookup", "IntegerLookup", "TextVectorization")
@@ -40,14 +41,6 @@ class _NamedError(ValueError):
     """An error that says which layer it is about."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """What becomes of a TLU: the axes of its weights, and how many stored values share one."""
-
-    axis: int | tuple[int, ...] = -1
-    positions: int = 1
-
-
 class Builder:
     """Builds a model from its config; `thresholds` are those of each TLU, in order.
 
@@ -55,7 +48,7 @@ class Builder:
     of the config. That is the order of the weights in a file, which Keras 3 may not keep."""
 
     def __init__(self, thresholds: Iterable[Thresholds] | None = None) -> None:
-        self.thresholds: Iterator[Thresholds] = iter(thresholds or itertools.repeat(Thresholds()))
+        self.thresholds: Iterator[Thresholds] = iter(thresholds or itertools.repeat((-1, 1)))
         self.members: dict[int, list[Any]] = {}
         self.tlus: list[TLU] = []
 
@@ -159,12 +152,12 @@ class Builder:
         return FilterResponseNormalization(**options)
 
     def _make_tlu(self, config: dict[str, Any]) -> TLU:
-        choice, options = next(self.thresholds), self._read_options(TLU, config)
+        (axis, positions), options = next(self.thresholds), self._read_options(TLU, config)
         for key in ("tau_regularizer", "alpha_regularizer"):
-            if choice.positions > 1 and options.get(key) is not None:
+            if positions > 1 and options.get(key) is not None:
                 factors = options[key].get_config().items()
-                options[key] = type(options[key])(**{k: choice.positions * v for k, v in factors})
-        self.tlus.append(TLU(axis=choice.axis, **options))
+                options[key] = type(options[key])(**{k: positions * v for k, v in factors})
+        self.tlus.append(TLU(axis=axis, **options))
         return self.tlus[-1]
 
     # Models

@@ -15,47 +15,54 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 
 from ..errors import ArgumentError
 from ..typing import PathLike
 
-
-@dataclasses.dataclass
-class Saved:
-    """A file: its config, how the model was compiled, and its weights; None where it has none.
-
-    The weights are a dict from layers to lists of names and arrays (the .h5 layout; an exported
-    model has one list, of None), the root group of a .keras file, or the `Graph` of a checkpoint.
-    """
-
-    config: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
-    weights: Any = None
+Array: TypeAlias = tuple[str, Any]  # with its name in the file
+Lists: TypeAlias = dict[str | None, list[Array]]
 
 
 @dataclasses.dataclass
-class Graph:
-    """The objects of a checkpoint by number, from the root 0: the keys of arrays are not stable."""
+class Tree:
+    """The objects in a file by number, from the root 0, as a checkpoint and HDF5 have them."""
 
-    attributes: list[dict[str, int]]  # from names to the numbers of objects
-    arrays: dict[int, tuple[str, Any]]  # the old name and the array of each variable
+    names: list[dict[str, int]]  # of what is in each object, with its number
+    arrays: dict[int, Array]
+    is_checkpoint: bool  # which has the order of creation; HDF5 has that of the alphabet
 
-    def list_arrays(self, root: int) -> list[tuple[str, Any]]:
+    def list_arrays(self, root: int) -> list[Array]:
         """The arrays of floats in an object, in its order, but for optimizers and metrics."""
         seen: dict[int, None] = {}
         pending = [root]
         while pending:
             node = pending.pop()
-            names = self.attributes[node]
+            names = self.names[node]
             if node not in seen and not {"iter", "_iterations"} & names.keys():
-                inner = [n for name, n in names.items() if name not in ("keras_api", "variables")]
-                pending += reversed(inner)
+                others = ("keras_api", "metrics", "optimizer", "variables")
+                pending += reversed([n for name, n in names.items() if name not in others])
                 seen[node] = None
         found = [self.arrays[node] for node in seen if node in self.arrays]
         return [(name, a) for name, a in found if a.shape and a.dtype.kind == "f"]
+
+
+Weights: TypeAlias = Tree | Lists
+
+
+@dataclasses.dataclass
+class Saved:
+    """A file: its config and how the model was compiled, None where it has none, and its weights.
+
+    Weights are a tree, or lists of arrays by layer: the old .h5 layout. An exported model has one
+    list, of None.
+    """
+
+    config: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    weights: Weights = dataclasses.field(default_factory=dict)
 
 
 def reading_errors() -> tuple[type[Exception], ...]:
@@ -66,14 +73,11 @@ def reading_errors() -> tuple[type[Exception], ...]:
     return (*kinds, *of_readers, tensorflow.errors.OpError if tensorflow else EOFError)
 
 
-@contextlib.contextmanager
-def open_saved(path: PathLike, name: str = "path") -> Iterator[Saved]:
-    """Yields the file at `path` as a `Saved`, whose arrays can be read inside the `with`."""
+def read(path: PathLike, name: str = "path") -> Saved:
+    """Reads a file; errors call its argument `name`."""
     remedy = " Pass a complete file that TensorFlow 2.8 to 2.15 saved."
-    with contextlib.ExitStack() as stack:
-        with explain_errors(path, name, "must be a model or weights saved by Keras 2", remedy):
-            saved = _open(Path(path), name, stack)
-        yield saved
+    with explain_errors(path, name, "must be a model or weights saved by Keras 2", remedy):
+        return _read(Path(path), name)
 
 
 @contextlib.contextmanager
@@ -92,7 +96,7 @@ def explain_errors(path: PathLike, name: str, rule: str, remedy: str = "") -> It
         ) from error
 
 
-def _open(path: Path, name: str, stack: contextlib.ExitStack) -> Saved:
+def _read(path: Path, name: str) -> Saved:
     if (path / "saved_model.pb").is_file():
         return _read_saved_model(path)
     if path.is_dir() or path.suffix == ".index" or Path(f"{path}.index").is_file():
@@ -100,28 +104,27 @@ def _open(path: Path, name: str, stack: contextlib.ExitStack) -> Saved:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"\x89HDF":
-        return _read_hdf5(path, name, stack)
+        return _read_hdf5(path, name)
     if start[:2] == b"PK":
-        return _read_zip(path, name, stack)
+        return _read_zip(path, name)
     if start[:1] == b"{":
         return Saved(json.loads(path.read_bytes()))
     raise ValueError("it is neither HDF5, zip, JSON, a SavedModel nor a checkpoint")
 
 
-def _read_zip(path: Path, name: str, stack: contextlib.ExitStack) -> Saved:
-    archive = stack.enter_context(zipfile.ZipFile(path))
-    if "config.json" in archive.namelist():
-        metadata = json.loads(archive.read("metadata.json"))
-        _check_version(metadata.get("keras_version"), path, name)
-        config = json.loads(archive.read("config.json"))
-        weights = io.BytesIO(archive.read("model.weights.h5"))
-        return Saved(config, config.get("compile_config"), _read_hdf5(weights, name, stack).weights)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    archive.extractall(folder)  # which writes nothing outside of the folder
-    models = list(folder.rglob("saved_model.pb"))
-    if len(models) != 1:
-        raise ValueError("it is a zip file with neither config.json nor one saved_model.pb")
-    return _read_saved_model(models[0].parent)
+def _read_zip(path: Path, name: str) -> Saved:
+    with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+        if "config.json" in archive.namelist():
+            metadata = json.loads(archive.read("metadata.json"))
+            _check_version(metadata.get("keras_version"), path, name)
+            config = json.loads(archive.read("config.json"))
+            weights = _read_hdf5(io.BytesIO(archive.read("model.weights.h5")), name).weights
+            return Saved(config, config.get("compile_config"), weights)
+        archive.extractall(folder)  # which writes nothing outside of the folder
+        models = list(Path(folder).rglob("saved_model.pb"))
+        if len(models) != 1:
+            raise ValueError("it is a zip file with neither config.json nor one saved_model.pb")
+        return _read_saved_model(models[0].parent)
 
 
 def _check_version(version: Any, path: Any, name: str) -> None:
@@ -131,30 +134,49 @@ def _check_version(version: Any, path: Any, name: str) -> None:
         raise ArgumentError(name, f"{problem} saved. {remedy}")
 
 
-def _read_hdf5(file: Any, name: str, stack: contextlib.ExitStack) -> Saved:
-    root = stack.enter_context(h5py.File(file, "r"))
-    group = root.get("model_weights", root)
-    layers = _read_names(group, "layer_names")
-    if not layers:
-        return Saved(weights=root)
-    saved = Saved(weights={})
-    for layer in layers:
-        names = _read_names(group[layer], "weight_names")
-        saved.weights[layer] = [(n, read_dataset(root, f"{group.name}/{layer}/{n}")) for n in names]
-    if "model_config" in root.attrs:
+def _read_hdf5(file: Any, name: str) -> Saved:
+    with h5py.File(file, "r") as root:
+        group = root.get("model_weights", root)
+        lists: Lists = {}
+        for layer in _read_names(group, "layer_names"):
+            names = _read_names(group[layer], "weight_names")
+            lists[layer] = [(n, _read_array(root, group[layer], n)) for n in names]
+        if "model_config" not in root.attrs:
+            return Saved(weights=lists or _read_groups(root))
         _check_version(group.attrs.get("keras_version"), file, name)
-        saved.config = json.loads(root.attrs["model_config"])
-        saved.training = json.loads(root.attrs.get("training_config", "null"))
-    return saved
+        config, training = root.attrs["model_config"], root.attrs.get("training_config", "null")
+        return Saved(json.loads(config), json.loads(training), lists)
 
 
-def read_dataset(root: h5py.Group, path: str) -> Any:
+def _read_groups(root: h5py.Group) -> Tree:
+    tree = Tree([], {}, is_checkpoint=False)
+
+    def add(group: Any, key: str) -> int:
+        number = len(tree.names)
+        tree.names.append({})
+        item = group[key]
+        if isinstance(item, h5py.Group):
+            tree.names[number] = {name: add(item, name) for name in item if name != "vars"}
+            for name in item.get("vars", ()):
+                place = add(item["vars"], name)
+                # An optimizer begins with its steps, under this name in checkpoints.
+                is_count = name == "0" and tree.arrays[place][1].dtype.kind in "iu"
+                tree.names[number]["iter" if is_count else f"vars/{name}"] = place
+        else:
+            tree.arrays[number] = f"{group.name}/{key}", _read_array(root, group, key)
+        return number
+
+    add(root, "/")
+    return tree
+
+
+def _read_array(root: h5py.Group, group: h5py.Group, name: str) -> Any:
     """An array of a file, with data of its own: a file must not show what another has."""
-    found = root[path]
+    found = group[name]
     is_own = isinstance(found, h5py.Dataset) and found.file.filename == root.file.filename
     if not is_own or found.external or found.is_virtual:
-        raise ValueError(f"{path!r} is not an array of this file")
-    return found
+        raise ValueError(f"'{group.name}/{name}' is not an array of this file")
+    return found[()]
 
 
 def _read_names(group: h5py.Group, attribute: str) -> list[str]:
@@ -186,12 +208,12 @@ def _read_checkpoint(prefix_or_folder: PathLike) -> Saved:
     reader = tf.train.load_checkpoint(os.fspath(prefix_or_folder))
     message = reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
     nodes = TrackableObjectGraph.FromString(message).nodes
-    graph = Graph([{edge.local_name: edge.node_id for edge in n.children} for n in nodes], {})
+    names = [{edge.local_name: edge.node_id for edge in node.children} for node in nodes]
+    tree = Tree(names, {}, is_checkpoint=True)
     for number, node in enumerate(nodes):
         for array in node.attributes:
-            graph.arrays[number] = array.full_name, reader.get_tensor(array.checkpoint_key)
-    root = graph.attributes[0]
+            tree.arrays[number] = array.full_name, reader.get_tensor(array.checkpoint_key)
+    root = names[0]
     if not {"_endpoint_names", "variables"} <= root.keys():
-        return Saved(weights=graph)
-    numbers = graph.attributes[root["variables"]].values()
-    return Saved(weights={None: [graph.arrays[number] for number in numbers]})
+        return Saved(weights=tree)
+    return Saved(weights={None: [tree.arrays[n] for n in names[root["variables"]].values()]})

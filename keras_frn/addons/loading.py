@@ -1,6 +1,5 @@
 """Models and weights saved by TensorFlow Addons, opened in Keras 3."""
 
-import contextlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -63,19 +62,18 @@ def load_addons_model(
     ```
     """
     _check_tau(tau, _TAU, "Use 'auto' to lose nothing")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(keras.saving.custom_object_scope(custom_objects or {}))
-        saved = stack.enter_context(files.open_saved(path))
-        if weights is not None:
-            saved.weights = stack.enter_context(files.open_saved(weights, "weights")).weights
-        if saved.config is None or saved.weights is None:
-            missing = "config" if saved.config is None else "weights"
-            raise ArgumentError(
-                "path",
-                f"must hold a model with its config and its weights. Received: {os.fspath(path)!r},"
-                f" which has no {missing}. Pass the JSON config of the model and its weights. "
-                f"{BY_CODE} if there is no config.",
-            )
+    saved = files.read(path)
+    if weights is not None:
+        saved.weights = files.read(weights, "weights").weights
+    if saved.config is None or not saved.weights:
+        missing = "config" if saved.config is None else "weights"
+        raise ArgumentError(
+            "path",
+            f"must hold a model with its config and its weights. Received: {os.fspath(path)!r}, "
+            f"which has no {missing}. Pass the JSON config of the model and its weights. {BY_CODE} "
+            "if there is no config.",
+        )
+    with keras.saving.custom_object_scope(custom_objects or {}):
         with files.explain_errors(path, "path", "must hold a model that Keras 3 can build"):
             model = _build(saved, tau)
         if compile and saved.training:
@@ -127,7 +125,8 @@ def load_addons_weights(
             "once.",
         )
     rule = "must hold the weights of the model"
-    with files.open_saved(path) as saved, files.explain_errors(path, "path", rule):
+    saved = files.read(path)
+    with files.explain_errors(path, "path", rule):
         _assign(match(model, {}, saved.weights, part), tau)
 
 
@@ -158,17 +157,17 @@ def _choose_thresholds(layer: keras.Layer, pairs: list[Pair], tau: str) -> Thres
     options = [f"{w.name}_{o}" for w in layer.weights for o in ("regularizer", "constraint")]
     is_elementwise = all(type(getattr(layer, o)).__name__ in _ELEMENTWISE for o in options)
     if len(shape) == 1:
-        return Thresholds()
+        return -1, 1
     loses_nothing = is_elementwise and all(map(is_uniform, arrays))
     if tau == "per_position" or (tau == "auto" and not loses_nothing):
-        return Thresholds(axis=tuple(range(1, 1 + len(shape))))
+        return tuple(range(1, 1 + len(shape))), 1
     if not is_elementwise:
         raise ArgumentError(
             "tau",
             f"must be 'auto' or 'per_position' for layer {layer.name!r}, which has a constraint or "
             f"regularizer that needs its positions. Received: {tau!r}.",
         )
-    return Thresholds(positions=int(np.prod(shape[:-1])))
+    return -1, int(np.prod(shape[:-1]))
 
 
 def _assign(pairs: list[Pair], tau: str) -> None:

@@ -1,10 +1,14 @@
-"""Which array of a file belongs to which weight of a model."""
+"""Which array of a file belongs to which weight of a model.
+
+Both are trees of names: the layers, lists and dicts of the model, and what the file has of them.
+They are walked together. If a file has a list instead, or other names, arrays go by order.
+"""
 
 import collections
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -54,89 +58,190 @@ def is_uniform(array: Any) -> bool:
     return np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True)
 
 
-def match(model: keras.Model, members: Members, stored: Any, part: str | None = None) -> list[Pair]:
+@dataclasses.dataclass
+class Node:
+    """A layer, list or dict of a model: the weights that are its own, and what is inside by name.
+
+    The weights are pairs without an array. Both are in the order of Keras 2.
+    """
+
+    value: Any
+    own: list[Pair]
+    inside: dict[str, "Node"]
+
+    def list_pairs(self) -> list[Pair]:
+        """Every weight once, those of a layer before those inside."""
+        pairs = self.own + [pair for node in self.inside.values() for pair in node.list_pairs()]
+        return list({id(pair.weight): pair for pair in pairs}.values())
+
+
+def _list_layers(nodes: Iterable[Node]) -> list[Node]:
+    """The layers among nodes, and those in their lists and dicts, once."""
+    found: dict[int, Node] = {}
+    for node in nodes:
+        is_layer = isinstance(node.value, keras.Layer)
+        layers = [node] if is_layer else _list_layers(node.inside.values())
+        found |= {id(layer.value): layer for layer in layers}
+    return list(found.values())
+
+
+def _read_model(value: Any, members: Members) -> Node:
+    modules: dict[str, Any] = {}
+    if graph.is_graph(value):
+        items = {layer.name: layer for layer in members.get(id(value), value.layers)}
+    elif isinstance(value, keras.Layer):
+        # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
+        modules = vars(value).get("_modules", {})
+        # Keras and TensorFlow list what is in attributes again, under such names.
+        again = ("_layers", "_modules", "_self_")
+        items = {k: v for k, v in (vars(value) | modules).items() if not k.startswith(again)}
+    else:
+        items = value if isinstance(value, dict) else dict(enumerate(value))
+    kinds = (keras.Layer, list, tuple, dict)
+    nodes = {str(k): _read_model(v, members) for k, v in items.items() if isinstance(v, kinds)}
+    inside = {name: node for name, node in nodes.items() if _list_layers([node])}
+    if modules:
+        order = [id(layer) for layer in value._layers]
+        first = {name: _list_layers([node])[0].value for name, node in inside.items()}
+        inside = dict(sorted(inside.items(), key=lambda item: order.index(id(first[item[0]]))))
+    inner = {id(w) for layer in _list_layers(inside.values()) for w in layer.value.weights}
+    own = [w for w in getattr(value, "weights", ()) if id(w) not in inner]  # a list has none
+    if isinstance(value, FilterResponseNormalization):
+        own.sort(key=lambda weight: weight is not value.learned_epsilon)
+    return Node(value, [Pair(value, weight) for weight in own], inside)
+
+
+def match(
+    model: keras.Model, members: Members, stored: files.Weights, part: str | None = None
+) -> list[Pair]:
     """A `Pair` for every weight of a model; `part` is what a checkpoint calls it."""
-    if isinstance(stored, files.Graph):
-        return _match_graph(model, members, stored, part)
+    tree = _read_model(model, members)
+    if isinstance(stored, files.Tree):
+        return _match_part(tree, stored, part)
     if part is not None:
         raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
-    if isinstance(stored, dict):
-        return _match_lists(model, members, stored)
-    pairs = _match_group(model, members, stored, stored)
-    paths: list[str] = []
-    stored.visit(paths.append)
-    count = sum(bool(re.match(r"(?!optimizer|metrics).*vars/\d+$", path)) for path in paths)
-    if count != len(pairs):
-        raise ValueError(f"it has {count} weights in its layers, the model {len(pairs)}")
+    return _check_pairs(tree, _match_lists(tree, stored, has_config=bool(members)))
+
+
+def _check_pairs(tree: Node, pairs: list[Pair], arrays: Iterable[files.Array] = ()) -> list[Pair]:
+    """Checks that no weight and none of the arrays is left over, and that shapes agree."""
+    found = {id(pair.weight) for pair in pairs}
+    for pair in tree.list_pairs():
+        if id(pair.weight) not in found:
+            raise ValueError(f"it holds no array for {pair.weight.path!r}")
+    read = {id(pair.array) for pair in pairs}
+    unread = sorted(name for name, array in arrays if id(array) not in read)
+    if unread:
+        problem = f"it has {len(unread)} arrays that the model has not, such as {unread[:5]}"
+        raise ValueError(f"{problem}: its layers must be those of the file")
+    for pair in pairs:
+        pair.value("per_channel_mean")
     return pairs
 
 
-def _flatten(value: Any) -> list[Any]:
-    """The layers in lists and dicts."""
-    if isinstance(value, keras.Layer):
-        return [value]
-    items = list(value.values()) if isinstance(value, dict) else value
-    is_list = isinstance(items, (list, tuple))
-    return [layer for item in items for layer in _flatten(item)] if is_list else []
+# Trees
 
 
-def _list_children(value: Any, members: Members) -> dict[str, Any]:
-    """What has layers in a layer, list or dict, by its name there, in the order of Keras 2."""
-    if graph.is_graph(value):
-        return {layer.name: layer for layer in members.get(id(value), value.layers)}
-    if not isinstance(value, keras.Layer):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {str(key): item for key, item in items}
-    # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
-    modules = vars(value).get("_modules", {})
-    attributes = [(k, v) for k, v in {**vars(value), **modules}.items() if _flatten(v)]
-    tracked = [id(layer) for layer in vars(value)["_layers"]]
-    if modules:
-        attributes.sort(key=lambda item: tracked.index(id(_flatten(item[1])[0])))
-    # TensorFlow tracks what it finds in attributes named _self_.
-    lists = ("_layers", "_modules", "_self_")
-    return {name: item for name, item in attributes if not name.startswith(lists)}
+def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
+    """Matches a file, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
+    parts = {name: n for name, n in stored.names[0].items() if stored.list_arrays(n)}
+    if part is not None and part not in parts:
+        raise ArgumentError("part", f"must be one of {sorted(parts)}. Received: {part!r}.")
+    roots = {0: "", **{n: name for name, n in parts.items()}} if part is None else {parts[part]: ""}
+    reason: Exception | None = None
+    for by_name in (True, False) if stored.is_checkpoint else (True,):
+        fits = {}
+        for root, name in roots.items():
+            arrays = stored.list_arrays(root)
+            try:
+                pairs = _match_names(tree, stored, root) if by_name else _match_flat(tree, arrays)
+                fits[name] = _check_pairs(tree, pairs, arrays)
+            except ValueError as error:
+                reason = reason or error  # the first: of the whole, by name
+        if "" in fits or len(fits) == 1:
+            return next(iter(fits.values()))
+        if fits:
+            found = f"{sorted(fits)}, which all fit"
+            raise ArgumentError("part", f"must be one of {found}. Received: None.")
+    raise ValueError(f"{reason}. Its parts: {sorted(parts)[:9]}")
 
 
-def _list_pairs(value: Any, members: Members) -> list[Pair]:
-    """A `Pair` without an array for each weight, those of a layer before those inside."""
-    layers = _flatten(_list_children(value, members))
-    inside = {id(pair.weight): pair for layer in layers for pair in _list_pairs(layer, members)}
-    own = [w for w in getattr(value, "weights", ()) if id(w) not in inside]  # a list has none
-    if isinstance(value, FilterResponseNormalization):
-        own.sort(key=lambda weight: weight is not value.learned_epsilon)
-    return [Pair(value, weight) for weight in own] + list(inside.values())
+def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
+    """Matches what has the same name in both, each layer once; HDF5 has some by their classes."""
+    pairs: dict[int, list[Pair]] = {}
+
+    def visit(node: Node, number: int) -> None:
+        if id(node.value) in pairs:
+            return
+        names = stored.names[number]
+        own = pairs[id(node.value)] = []
+        for place, pair in enumerate(node.own):
+            # A checkpoint may say more, as depthwise_kernel; HDF5 says the place alone.
+            ends = (pair.weight.name, f"vars/{place}")
+            found = [key for key, n in names.items() if key.endswith(ends) and n in stored.arrays]
+            if found:
+                source, array = stored.arrays[names[min(found, key=len)]]
+                own.append(dataclasses.replace(pair, array=array, source=source))
+        inside = node.inside
+        if graph.is_graph(node.value) and "layer_with_weights-0" in names:
+            weighted = [child for child in inside.values() if child.list_pairs()]
+            inside = {f"layer_with_weights-{i}": child for i, child in enumerate(weighted)}
+        for name in sorted(inside.keys() & names.keys(), reverse=True):  # as HDF5 was written
+            if stored.is_checkpoint or isinstance(inside[name].value, keras.Layer):
+                visit(inside[name], names[name])
+            else:
+                visit_classes([inside[name]], names[name])
+        for name in ("layers", "_layer_checkpoint_dependencies"):
+            if name in names and not stored.is_checkpoint:
+                visit_classes([inside[key] for key in inside if key not in names], names[name])
+
+    def visit_classes(nodes: list[Node], number: int) -> None:
+        # Layers of a class are counted, with gaps: conv2d, conv2d_2, ...
+        names = sorted(stored.names[number], key=lambda name: (len(name), name))
+        for layer in _list_layers(nodes):
+            kind = re.compile(_snake_case(type(layer.value).__name__) + r"(_\d+)?")
+            found = next(filter(kind.fullmatch, names), None)
+            if found and id(layer.value) not in pairs:
+                names.remove(found)
+                visit(layer, stored.names[number][found])
+
+    visit(tree, root)
+    return [pair for own in pairs.values() for pair in own]
+
+
+def _snake_case(name: str) -> str:
+    """How Keras names a class in the files."""
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
 # Lists: the .h5 layout
 
 
-def _match_lists(model: Any, members: Members, lists: dict[Any, list[Any]]) -> list[Pair]:
-    found = dict.fromkeys(_flatten(_list_children(model, members)))  # each of them once
-    layers = [layer for layer in found if layer.weights]
+def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]:
+    layers = [layer for layer in _list_layers(tree.inside.values()) if layer.value.weights]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
-        return _match_list(model, _list_pairs(model, members), lists[None], by_order=True)
+        return _match_list(tree, tree.list_pairs(), lists[None])
     if len(layers) != len(lists):
         arrays = [item for items in lists.values() for item in items]
-        if len(arrays) == len(model.weights):
-            return _match_flat(model, members, arrays)
+        if len(arrays) == len(tree.value.weights):
+            return _match_flat(tree, arrays)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
-    if {layer.name for layer in layers} == set(lists):
-        layers.sort(key=lambda layer: list(lists).index(layer.name))
-    pairs = []
+    if {layer.value.name for layer in layers} == set(lists):
+        layers.sort(key=lambda layer: list(lists).index(layer.value.name))
+    matched = []
     for layer, arrays in zip(layers, lists.values(), strict=True):
-        own = _list_pairs(layer, members)
-        own.sort(key=lambda pair: not pair.weight.trainable)  # as Keras 2 wrote them
+        pairs = sorted(layer.list_pairs(), key=lambda pair: not pair.weight.trainable)  # as Keras 2
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
-        by_order = bool(members) or not (isinstance(layer, keras.Model) and _are_alike(own))
-        pairs += _match_list(layer, own, arrays, by_order)
-    if len({id(pair.weight) for pair in pairs}) != len(model.weights):
-        raise ValueError("the model has weights outside of its layers")
-    return pairs
+        by_order = has_config or not (isinstance(layer.value, keras.Model) and _are_alike(pairs))
+        matched += _match_list(layer, pairs, arrays, by_order)
+    return matched
 
 
-def _match_list(layer: Any, pairs: list[Pair], arrays: list[Any], by_order: bool) -> list[Pair]:
+def _match_list(
+    node: Node, pairs: list[Pair], arrays: list[files.Array], by_order: bool = True
+) -> list[Pair]:
     """Matches by the names of weights and their layers, or by order where they are others."""
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
     theirs: list[tuple[str, str]] = []
@@ -150,16 +255,16 @@ def _match_list(layer: Any, pairs: list[Pair], arrays: list[Any], by_order: bool
     # Keras 3 has given some weights other names. Where it has not, another order is a mistake.
     elif not by_order or len(ours) != len(theirs) or (names != given and set(names) == set(given)):
         raise ValueError(
-            f"layer {layer.name!r} has the weights {ours}, the file {theirs}: give the layers the "
-            "names and the order that they have in the file"
+            f"layer {node.value.name!r} has the weights {ours}, the file {theirs}: give the layers "
+            "the names and the order that they have in the file"
         )
     rows = zip(pairs, arrays, strict=True)
     return [dataclasses.replace(pair, array=array, source=name) for pair, (name, array) in rows]
 
 
-def _match_flat(model: keras.Model, members: Members, arrays: list[Any]) -> list[Pair]:
+def _match_flat(tree: Node, arrays: list[files.Array]) -> list[Pair]:
     """Matches all arrays of a file that nests its layers in another way, by order."""
-    pairs = _match_list(model, _list_pairs(model, members), arrays, by_order=True)
+    pairs = _match_list(tree, tree.list_pairs(), arrays)
     if _are_alike(pairs):
         ways = ", ".join(f"{pair.source} -> {pair.weight.path}" for pair in pairs)
         problem = f"nests its layers in another way, so they were taken in order: {ways}. Check an "
@@ -174,111 +279,3 @@ def _are_alike(pairs: list[Pair]) -> bool:
     for pair in pairs:
         shapes[id(pair.layer)].append((pair.weight.name, *pair.weight.shape))
     return len({tuple(found) for found in shapes.values()}) < len(shapes)
-
-
-# Trees: the layouts of .keras and .weights.h5 files, and of checkpoints
-
-
-def _match_group(layer: Any, members: Members, root: Any, group: Any) -> list[Pair]:
-    own = [pair for pair in _list_pairs(layer, members) if pair.layer is layer]
-    for number, pair in enumerate(own):
-        if f"vars/{number}" not in group:
-            raise ValueError(f"it holds no array for {pair.weight.path!r}")
-        pair.array = files.read_dataset(root, f"{group.name}/vars/{number}")
-        pair.source = pair.array.name
-    places = _find_groups(_list_children(layer, members), group).items()
-    return own + [p for inner, place in places for p in _match_group(inner, members, root, place)]
-
-
-def _find_groups(children: dict[str, Any], group: Any) -> dict[Any, Any]:
-    """The groups of layers: by attribute, or by class among those of a list or of the model."""
-    named = {name: child for name, child in children.items() if name in group}
-    places = {v: group[name] for name, v in named.items() if isinstance(v, keras.Layer)}
-    lists = [(v, group[name]) for name, v in named.items() if not isinstance(v, keras.Layer)]
-    rest = [child for name, child in children.items() if name not in named]
-    lists.append((rest, group.get("layers") or group.get("_layer_checkpoint_dependencies") or {}))
-    for value, container in lists:
-        counts: collections.Counter[str] = collections.Counter()
-        for layer in filter(lambda layer: layer not in places, _flatten(value)):
-            # Groups are named by class, as conv2d, conv2d_2, ...: counted, with gaps.
-            kind = _snake_case(type(layer).__name__)
-            names = filter(re.compile(rf"{kind}(_\d+)?").fullmatch, container)
-            found = sorted(names, key=lambda name: (len(name), name))
-            if layer.weights:
-                if counts[kind] >= len(found):
-                    raise ValueError(f"it holds no array for {layer.weights[0].path!r}")
-                places[layer] = container[found[counts[kind]]]
-            counts[kind] += 1
-    return places
-
-
-def _snake_case(name: str) -> str:
-    """How Keras names a class in the files."""
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-def _match_graph(
-    model: keras.Model, members: Members, saved: files.Graph, part: str | None
-) -> list[Pair]:
-    """Matches a checkpoint, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
-    parts = {k: node for k, node in saved.attributes[0].items() if saved.list_arrays(node)}
-    if part is not None and part not in parts:
-        raise ArgumentError("part", f"must be one of {sorted(parts)}. Received: {part!r}.")
-    roots = {0, *parts.values()} if part is None else {parts[part]}
-    reason: Exception | None = None
-    for by_name in (True, False):
-        fits = {}
-        for root in sorted(roots):
-            arrays = saved.list_arrays(root)
-            try:
-                if by_name:
-                    pairs = _match_node(model, members, saved, root)
-                else:
-                    pairs = _match_flat(model, members, arrays)
-                read = {id(pair.array) for pair in pairs}
-                unread = sorted(name for name, array in arrays if id(array) not in read)
-                if unread:
-                    problem = f"it has {len(unread)} arrays that the model has not, such as "
-                    raise ValueError(f"{problem}{unread[:5]}")
-                for pair in pairs:
-                    pair.value("per_channel_mean")  # has the right size
-            except (LookupError, ValueError) as error:
-                reason = reason or error  # the first: of the whole, by name
-                continue
-            fits[root] = pairs
-            if root == 0:
-                break
-        if len(fits) == 1:
-            return fits.popitem()[1]
-        if fits:
-            names = sorted(name for name, node in parts.items() if node in fits)
-            raise ArgumentError("part", f"must be one of {names}, which all fit. Received: None.")
-    raise ValueError(str(reason))
-
-
-def _match_node(value: Any, members: Members, saved: files.Graph, node: int) -> list[Pair]:
-    """Matches a layer, list or dict with an object of a checkpoint."""
-    attributes = saved.attributes[node]
-    children = {
-        name: child
-        for name, child in _list_children(value, members).items()
-        if any(layer.weights for layer in _flatten(child))
-    }
-    if graph.is_graph(value) and "layer_with_weights-0" in attributes:
-        if f"layer_with_weights-{len(children)}" in attributes:
-            raise ValueError("it has more layers with weights than the model")
-        children = {f"layer_with_weights-{i}": v for i, v in enumerate(children.values())}
-    pairs = [pair for pair in _list_pairs(value, members) if pair.layer is value]
-    for pair in pairs:
-        # Keras 2 may have said more, as depthwise_kernel.
-        names = [name for name in attributes if name.endswith(pair.weight.name)]
-        if not names:
-            raise LookupError(f"it holds no array for {pair.weight.path!r}")
-        pair.source, pair.array = saved.arrays[attributes[min(names, key=len)]]
-    for name, child in children.items():
-        if name not in attributes:
-            there = [key for key in attributes if not key.startswith("_")][:9]
-            raise LookupError(f"it holds no {name!r}, but {there}")
-        pairs += _match_node(child, members, saved, attributes[name])
-    return pairs
