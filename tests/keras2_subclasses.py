@@ -99,6 +99,30 @@ class Both(tf_keras.Model):
         return x
 
 
+class Mixed(tf_keras.Model):
+    """A weight of its own, numbered layers of which one is frozen, lists in tuples, vectors of a
+    metric and of an optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        start = tf_keras.initializers.RandomUniform(0.5, 1.5)
+        self.scale = self.add_weight("scale", (4,), initializer=start)
+        norms = [
+            layers.BatchNormalization(gamma_initializer=start, moving_variance_initializer=start)
+            for _ in range(2)
+        ]
+        first, second = FilterResponseNormalization(), FilterResponseNormalization()
+        inner = [layers.Conv2D(4, 3), first, norms[0], second, norms[1]]
+        self.body = tf_keras.Sequential(inner)
+        first.trainable = False
+        self.pair = (layers.Dense(4), [layers.Dense(4), [layers.Dense(4)]])
+        self.auc = tf_keras.metrics.AUC()
+
+    def call(self, x):
+        x = tf.reduce_mean(self.body(x) * self.scale, [1, 2])
+        return self.pair[1][1][0](self.pair[1][0](self.pair[0](x)))
+
+
 tf_keras.utils.set_random_seed(0)
 x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32")
 net, other, flat = Net(), Net(), Flat()
@@ -126,4 +150,10 @@ expected = both(x[:, 0, 0])
 both.save_weights("both/ckpt")
 both.save_weights("both.weights.h5")
 both.save_weights("both.h5")
-np.savez("io.npz", x=x, net=net(x), other=other(x), flat=flat(x), both=expected)
+mixed = Mixed()
+mixed(x)
+mixed.d_optimizer = tf_keras.optimizers.Adam()
+mixed.d_optimizer.build(mixed.trainable_variables)
+for name in ("mixed/ckpt", "mixed.h5", "mixed.weights.h5"):
+    mixed.save_weights(name)
+np.savez("io.npz", mixed=mixed(x), x=x, net=net(x), other=other(x), flat=flat(x), both=expected)

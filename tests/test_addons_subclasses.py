@@ -1,5 +1,6 @@
 """Checkpoints and SavedModels of subclassed models, which Keras 2 writes here."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,29 @@ def test_layers_of_two_names_private_attributes_and_two_models(folder, name):
     model(x)
     load_addons_weights(model, folder / name)
     close(numpy(model(x)), expected, 2e-5)
+
+
+class Mixed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.scale = self.add_weight(name="scale", shape=(4,))
+        norms = [layers.BatchNormalization() for _ in range(2)]
+        frns = [FilterResponseNormalization() for _ in range(2)]
+        self.body = keras.Sequential([layers.Conv2D(4, 3), frns[0], norms[0], frns[1], norms[1]])
+        self.pair = (layers.Dense(4), [layers.Dense(4), [layers.Dense(4)]])
+
+    def call(self, x):
+        x = ops.mean(self.body(x) * self.scale, [1, 2])
+        return self.pair[1][1][0](self.pair[1][0](self.pair[0](x)))
+
+
+@pytest.mark.parametrize("name", ["mixed", "mixed.weights.h5", "mixed.h5"])
+def test_own_weights_frozen_layers_lists_in_tuples_and_the_state_of_training(folder, name):
+    layers.Dense(1), layers.BatchNormalization()  # so that Keras has other numbers here
+    told = pytest.warns(UserWarning, match=r"`path` numbers its layers .* -> mixed")
+    with told if name == "mixed.h5" else contextlib.nullcontext():
+        y, io = load(folder, name, Mixed())
+    close(y, io["mixed"], 2e-5)
 
 
 def test_a_part_is_chosen_by_name_if_several_fit(folder):

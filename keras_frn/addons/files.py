@@ -22,6 +22,7 @@ import h5py
 from ..errors import ArgumentError
 from ..typing import PathLike
 
+MODEL = "top_level_model_weights"  # the list of what a model has outside of its layers
 Array: TypeAlias = tuple[str, Any]  # with its name in the file
 Lists: TypeAlias = dict[str | None, list[Array]]
 
@@ -41,7 +42,7 @@ class Tree:
         while pending:
             node = pending.pop()
             names = self.names[node]
-            if node not in seen and not {"iter", "_iterations"} & names.keys():
+            if node not in seen and not _OF_TRAINING & names.keys():
                 others = ("keras_api", "metrics", "optimizer", "variables")
                 pending += reversed([n for name, n in names.items() if name not in others])
                 seen[node] = None
@@ -49,6 +50,8 @@ class Tree:
         return [(name, a) for name, a in found if a.shape and a.dtype.kind == "f"]
 
 
+# What an optimizer or a metric with vectors has, and no layer.
+_OF_TRAINING = {"iter", "_iterations", "accumulator", "total_cm", "true_positives"}
 Weights: TypeAlias = Tree | Lists
 
 
@@ -138,7 +141,7 @@ def _read_hdf5(file: Any, name: str) -> Saved:
     with h5py.File(file, "r") as root:
         group = root.get("model_weights", root)
         lists: Lists = {}
-        for layer in _read_names(group, "layer_names"):
+        for layer in filter(group.__contains__, [MODEL, *_read_names(group, "layer_names")]):
             names = _read_names(group[layer], "weight_names")
             lists[layer] = [(n, _read_array(root, group[layer], n)) for n in names]
         if "model_config" not in root.attrs:

@@ -193,7 +193,7 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
                 visit_classes([inside[name]], names[name])
         for name in ("layers", "_layer_checkpoint_dependencies"):
             if name in names and not stored.is_checkpoint:
-                visit_classes([inside[key] for key in inside if key not in names], names[name])
+                visit_classes([*inside.values()], names[name])
 
     def visit_classes(nodes: list[Node], number: int) -> None:
         # Layers of a class are counted, with gaps: conv2d, conv2d_2, ...
@@ -223,6 +223,7 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
         return _match_list(tree, tree.list_pairs(), lists[None])
+    own = _match_list(tree, tree.own, lists.pop(files.MODEL, []))
     if len(layers) != len(lists):
         arrays = [item for items in lists.values() for item in items]
         if len(arrays) == len(tree.value.weights):
@@ -230,13 +231,12 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.value.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.value.name))
-    matched = []
     for layer, arrays in zip(layers, lists.values(), strict=True):
         pairs = sorted(layer.list_pairs(), key=lambda pair: not pair.weight.trainable)  # as Keras 2
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
         by_order = has_config or not (isinstance(layer.value, keras.Model) and _are_alike(pairs))
-        matched += _match_list(layer, pairs, arrays, by_order)
-    return matched
+        own += _match_list(layer, pairs, arrays, by_order)
+    return own
 
 
 def _match_list(
@@ -248,28 +248,50 @@ def _match_list(
     for path, _ in reversed(arrays):  # such as block/frn/gamma:0
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
-        theirs.insert(0, (parents[-1] if parents or not theirs else theirs[0][0], name))
+        theirs.insert(0, (parents[-1] if parents else theirs[0][0] if theirs else "", name))
+    # Keras 3 has given some weights other names. If it has not, another order is a mistake.
     names, given = [name for _, name in ours], [name for _, name in theirs]
-    if len(set(theirs)) == len(theirs) and set(ours) == set(theirs):
+    in_order = len(ours) == len(theirs) and (names == given or set(names) != set(given))
+    reason = None
+    if _are_names(ours, theirs):
         arrays = [arrays[theirs.index(key)] for key in ours]
-    # Keras 3 has given some weights other names. Where it has not, another order is a mistake.
-    elif not by_order or len(ours) != len(theirs) or (names != given and set(names) == set(given)):
-        raise ValueError(
-            f"layer {node.value.name!r} has the weights {ours}, the file {theirs}: give the layers "
-            "the names and the order that they have in the file"
-        )
+    elif not (by_order and in_order):
+        ranks, ranks_there = _rank(ours), _rank(theirs)
+        if not _are_names(ranks, ranks_there):
+            raise ValueError(
+                f"layer {node.value.name!r} has the weights {ours}, the file {theirs}: give the "
+                "layers the names and the order that they have in the file"
+            )
+        arrays = [arrays[ranks_there.index(key)] for key in ranks]
+        reason = "numbers its layers in another way"
     rows = zip(pairs, arrays, strict=True)
-    return [dataclasses.replace(pair, array=array, source=name) for pair, (name, array) in rows]
+    found = [dataclasses.replace(pair, array=array, source=name) for pair, (name, array) in rows]
+    return _warn_of_order(found, reason) if reason else found
+
+
+def _are_names(ours: list[Any], theirs: list[Any]) -> bool:
+    return len(set(theirs)) == len(theirs) and set(ours) == set(theirs)
+
+
+def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
+    """Names that Keras has numbered, as dense_3: the first of a kind is 0."""
+    parts = [(*re.fullmatch(r"(.*?)(?:_(\d+))?", layer).groups("0"), name) for layer, name in keys]
+    numbers = {kind: sorted({int(n) for k, n, _ in parts if k == kind}) for kind, _, _ in parts}
+    return [(kind, numbers[kind].index(int(n)), name) for kind, n, name in parts]
 
 
 def _match_flat(tree: Node, arrays: list[files.Array]) -> list[Pair]:
     """Matches all arrays of a file that nests its layers in another way, by order."""
     pairs = _match_list(tree, tree.list_pairs(), arrays)
-    if _are_alike(pairs):
-        ways = ", ".join(f"{pair.source} -> {pair.weight.path}" for pair in pairs)
-        problem = f"nests its layers in another way, so they were taken in order: {ways}. Check an "
-        problem += "output, or give the layers the names of the attributes there."
-        warnings.warn(ArgumentWarning("path", problem), stacklevel=5)
+    return _warn_of_order(pairs, "nests its layers in another way") if _are_alike(pairs) else pairs
+
+
+def _warn_of_order(pairs: list[Pair], reason: str) -> list[Pair]:
+    ways = ", ".join(f"{pair.source} -> {pair.weight.path}" for pair in pairs)
+    problem = f"{reason}, so they were taken in order: {ways}. Check an output, or give the layers "
+    warnings.warn(
+        ArgumentWarning("path", f"{problem}the names that they have there."), stacklevel=6
+    )
     return pairs
 
 
