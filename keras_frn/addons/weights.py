@@ -223,9 +223,10 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
         return _match_list(tree, tree.list_pairs(), lists[None])
-    own = _match_list(tree, tree.own, lists.pop(files.MODEL, []))
+    own = _match_list(tree, tree.own, lists.pop(files.MODEL)) if files.MODEL in lists else []
     if len(layers) != len(lists):
-        arrays = [item for items in lists.values() for item in items]
+        arrays = [(pair.source, pair.array) for pair in own]
+        arrays += [item for items in lists.values() for item in items]
         if len(arrays) == len(tree.value.weights):
             return _match_flat(tree, arrays)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
@@ -275,9 +276,9 @@ def _are_names(ours: list[Any], theirs: list[Any]) -> bool:
 
 def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
     """Names that Keras has numbered, as dense_3: the first of a kind is 0."""
-    parts = [(*re.fullmatch(r"(.*?)(?:_(\d+))?", layer).groups("0"), name) for layer, name in keys]
-    numbers = {kind: sorted({int(n) for k, n, _ in parts if k == kind}) for kind, _, _ in parts}
-    return [(kind, numbers[kind].index(int(n)), name) for kind, n, name in parts]
+    parts = [(*re.findall(r"^(.*?)(?:_(\d+))?$", layer)[0], name) for layer, name in keys]
+    numbers = {kind: sorted({int(n or 0) for k, n, _ in parts if k == kind}) for kind, *_ in parts}
+    return [(kind, numbers[kind].index(int(n or 0)), name) for kind, n, name in parts]
 
 
 def _match_flat(tree: Node, arrays: list[files.Array]) -> list[Pair]:
