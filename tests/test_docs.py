@@ -120,6 +120,7 @@ def _quick_compilation():
 
 @pytest.mark.filterwarnings("ignore:The optimizer .* starts fresh")
 @pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")  # Keras' ONNX export
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")  # of coremltools
 @pytest.mark.parametrize(
     "page",
     # The layers on every backend; the tools have tests of their own there.
