@@ -291,9 +291,12 @@ class Emulation:
 
         def scale(x, epsilon, gamma, floor, step):
             nu2 = keras.ops.mean(self.round(x * x, "squares", step), (1, 2), keepdims=True)
-            nu2 = self.round(nu2, "means", step) + layer.align(epsilon, x)
-            if floor is not None and self.is_chosen("floor"):
-                nu2 = keras.ops.maximum(nu2 - layer.align(epsilon, x), layer.align(floor, x))
+            nu2 = self.round(nu2, "means", step)
+            has_floor = floor is not None and self.is_chosen("floor")
+            if not has_floor or np.max(epsilon) > floor / 8:
+                nu2 = nu2 + layer.align(epsilon, x)
+            if has_floor:
+                nu2 = keras.ops.maximum(nu2, layer.align(floor, x))
             factor = keras.ops.rsqrt(nu2) * layer.align(gamma, x)
             return self.round(x * self.round(factor, "scales", step), "products", step)
 

@@ -113,6 +113,8 @@ def test_equalization_changes_scales_and_not_the_function(name, rng):
             values = np.asarray(keras.Function(copy.model.inputs, layer.input)([x]), "float64") ** 2
             mean = values.mean(tuple(range(values.ndim - 1))) + layer.epsilon
             np.testing.assert_allclose(mean, 1, rtol=1e-4)
+    copy.equalize([[x]], to_peaks=True)
+    close(copy.model(x, training=False), expected, FLOAT)
     for old, weight in zip(before, model.weights):
         np.testing.assert_array_equal(old, weight.numpy())
 

@@ -136,7 +136,7 @@ def export_tflite(
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
     elif calibration_data is not None and copy is not None:
         show(f"equalizing {len(copy.normalizations)} normalizations")
-        copy.equalize(samples, scheme.least_epsilon)
+        copy.equalize(samples, scheme.least_epsilon, to_peaks=bool(scheme.quantizer_operators))
         if scheme.floor:
             copy.use_integer_form(scheme.floor)
         equalized, not_equalized = copy.equalized, copy.not_equalized

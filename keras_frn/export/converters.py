@@ -16,7 +16,7 @@ import numpy as np
 
 from ..samples import Samples
 from .presets import PRESETS, Scheme
-from .ranges import measure_ranges
+from .ranges import correct_biases, measure_ranges
 from .runtime import LiteRT
 
 __all__ = ["ConversionError", "convert", "import_quantizer"]
@@ -193,7 +193,8 @@ def _by_quantizer(
 ) -> bytes:
     qtyping, ai_edge = import_quantizer()
     runtime = LiteRT(content, [spec.name for spec in inputs], is_plain=True)
-    quantizer = ai_edge.Quantizer(content)
+    ranges = measure_ranges(runtime, samples)
+    quantizer = ai_edge.Quantizer(correct_biases(content, runtime, samples, ranges))
     operator = qtyping.TFLOperationName
     ends = [operator.INPUT, operator.OUTPUT]
     chosen = [operator[name] for name in scheme.quantizer_operators]
@@ -202,7 +203,6 @@ def _by_quantizer(
     if not integer_io:
         for name in ends:
             quantizer.update_quantization_recipe(".*", name, algorithm_key="no_quantize")
-    ranges = measure_ranges(runtime, samples)
     # It shows a progress bar also when told not to.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         # Of an interpreter that the quantizer makes to look at the file.

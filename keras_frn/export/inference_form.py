@@ -127,17 +127,21 @@ class InferenceCopy:
         passes_on = isinstance(consumer, MaxPooling) or _is_threshold(consumer)
         return self._next_pooling(consumer) if passes_on else None
 
-    def equalize(self, batches: Iterable[Batch], least_epsilon: float = 0.0) -> None:
+    def equalize(
+        self, batches: Iterable[Batch], least_epsilon: float = 0.0, *, to_peaks: bool = False
+    ) -> None:
         """Scales each input channel of a normalization to unit root mean square on the batches.
 
-        On maps so large that a sum of squares would come near the largest number of half precision,
-        to less.
+        With `to_peaks` the root of its mean 8th power is one, a smooth peak: channels of equal
+        peaks lose least on a grid of integers that they share. On maps so large that a sum of
+        squares would come near the largest number of half precision, to less.
         """
-        self._mean_squares = self._record(batches)
+        self._mean_squares, peaks = self._record(batches)
         for layer in self.normalizations:
             values = self._mean_squares[layer]
             others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
-            factor = 1 / np.sqrt(values.mean(others) + layer.epsilon)
+            size = np.sqrt(values.mean(others) + layer.epsilon)
+            factor = 1 / (np.maximum(size, peaks[layer]) if to_peaks else size)
             sums = self._positions[layer] * values * np.expand_dims(factor, others) ** 2
             factor = factor * np.sqrt(_LARGEST_SUM / max(sums.max(), _LARGEST_SUM))
             try:
@@ -181,19 +185,27 @@ class InferenceCopy:
             and isinstance(producer.layer, (*products, layers.Add))
         )
 
-    def _record(self, batches: Iterable[Batch]) -> dict[Normalization, Array]:
-        """Dict from each normalization to the mean squares of its inputs."""
+    def _record(
+        self, batches: Iterable[Batch]
+    ) -> tuple[dict[Normalization, Array], dict[Normalization, Array]]:
+        """Dicts from each normalization to the mean squares of its inputs, and to the peak of each
+        channel: the 8th root of the mean 8th power."""
         recorded: dict[Normalization, Batch] = collections.defaultdict(list)
+        powers: dict[Normalization, Batch] = collections.defaultdict(list)
 
         def record(layer: Normalization, x: Tensor, *_: Any) -> None:
-            recorded[layer].append(ops.convert_to_numpy(layer.mean_square(x)))
-            positions = math.prod(x.shape) // max(recorded[layer][-1].size, 1)
+            nu2 = ops.convert_to_numpy(layer.mean_square(x)).astype("float64")
+            positions = math.prod(x.shape) // max(nu2.size, 1)
             self._positions[layer] = max(positions, self._positions.get(layer, 1))
+            others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
+            values = ops.convert_to_numpy(x).astype("float64")
+            recorded[layer].append(nu2)
+            powers[layer].append(len(x) * np.mean(values**8, others))
 
         with graph.watch_calls(self.normalizations, record):
             for batch in batches:
                 self.model(graph.inputs_like(self.model, batch), training=False)
-        found = {x: np.concatenate(values).astype("float64") for x, values in recorded.items()}
+        found = {x: np.concatenate(values) for x, values in recorded.items()}
         for layer, values in found.items():
             if not np.isfinite(values).all():
                 raise ArgumentError(
@@ -201,7 +213,7 @@ class InferenceCopy:
                     "must have finite squares in every layer. Received: an infinite mean square at "
                     f"the input of {layer.name}. Scale the data down.",
                 )
-        return found
+        return found, {x: (sum(p) / len(found[x])) ** 0.125 for x, p in powers.items()}
 
     def _is_shared(self, layer: keras.layers.Layer) -> bool:
         return len(self._wiring.calls_of(layer)) != 1

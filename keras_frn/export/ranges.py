@@ -1,5 +1,8 @@
-"""The ranges of activations that ai-edge-quantizer quantizes by, without the rarest values."""
+"""What ai-edge-quantizer rounds by: ranges without the rarest values, and biases that make up for
+the mean of the rounding."""
 
+import collections
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +12,7 @@ from ..samples import Samples
 from ..typing import Array
 from .runtime import LiteRT, find_upstream
 
-__all__ = ["measure_ranges"]
+__all__ = ["correct_biases", "measure_ranges"]
 
 # The fraction of a tensor's values that saturate on either side, and the bins that find it.
 _RARE, _BINS = 2e-4, 4096
@@ -73,6 +76,74 @@ def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
         shape = (1,) * len(shapes[name])
         ranges[name] = {"min": np.full(shape, low, "f4"), "max": np.full(shape, high, "f4")}
     return ranges | _widen_filters(runtime, ranges)
+
+
+def correct_biases(
+    content: bytes, runtime: LiteRT, samples: Samples, ranges: Mapping[str, Range]
+) -> bytes:
+    """Returns the float file with the mean effect of rounding inputs and filters taken out of the
+    biases.
+
+    Many positions of a channel are exactly at tau, and all are rounded by the same amount, which no
+    sum over positions averages out, and which the next normalization amplifies.
+    """
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    (graph,) = model.subgraphs
+    interpreter = runtime.interpreter
+    details = {d["index"]: d for d in interpreter.get_tensor_details()}
+    products = []
+    for number, op in enumerate(runtime.list_operators()):
+        is_computed = [details[i]["name"] in ranges for i in op["inputs"] if i in details]
+        # A transposed convolution has three inputs before its bias.
+        if op["op_name"] in _CHANNELS and is_computed == [True, False, False]:
+            products.append((number, op["op_name"], *op["inputs"]))
+    readers = collections.Counter(int(i) for op in graph.operators for i in op.inputs)
+    # Of each input: the sums of its channels, exact and rounded, and the number of positions.
+    sums: dict[int, Any] = {x: np.zeros((2, details[x]["shape"][-1])) for _, _, x, *_ in products}
+    counts = dict.fromkeys(sums, 0)
+    for batch in samples:
+        runtime(*batch)
+        for x in sums:
+            values = interpreter.get_tensor(x).astype("float64")
+            low, high = (ranges[details[x]["name"]][end].item() for end in ("min", "max"))
+            step = max(high - low, _LEAST_SPAN) / 255
+            zero = np.round(low / step)
+            rounded = np.clip(np.round(values / step), zero, zero + 255) * step
+            pair = np.stack([values, rounded]).reshape(2, -1, values.shape[-1])
+            sums[x], counts[x] = sums[x] + pair.sum(1), counts[x] + pair.shape[1]
+    for number, name, x, filters, bias in products:
+        weights = interpreter.get_tensor(filters)
+        axes = tuple(i for i in range(weights.ndim) if i != _CHANNELS[name])
+        step = np.maximum(np.abs(weights).max(axes, keepdims=True), _LEAST_SPAN) / 127
+        exact, rounded = sums[x] / counts[x]
+        shift = _sum_taps(name, np.round(weights / step) * step, rounded)
+        shift = shift - _sum_taps(name, weights, exact)
+        # Convolutions without a bias share one constant. The last of them takes it over.
+        readers[bias] -= 1
+        if readers[bias]:
+            graph.tensors.append(copy.copy(graph.tensors[bias]))
+            graph.operators[number].inputs = [x, filters, len(graph.tensors) - 1]
+        tensor = graph.tensors[-1 if readers[bias] else bias]
+        tensor.name, tensor.buffer = f"{details[filters]['name']}/bias", len(model.buffers)
+        buffer = schema.BufferT()
+        corrected = interpreter.get_tensor(bias) - shift.astype("float32")
+        buffer.data = np.frombuffer(corrected.tobytes(), "uint8")
+        model.buffers.append(buffer)
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _sum_taps(name: str, weights: Array, channels: Array) -> Array:
+    """What an operator gives at each position if its input is constant, without the bias."""
+    if name == "DEPTHWISE_CONV_2D":
+        return weights.sum((0, 1, 2)) * np.repeat(channels, weights.shape[-1] // channels.size)
+    groups = channels.size // weights.shape[-1]
+    taps = weights.reshape(groups, len(weights) // groups, -1, weights.shape[-1]).sum(2)
+    return np.einsum("goi,gi->go", taps, channels.reshape(groups, -1)).ravel()
 
 
 def _widen_filters(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
