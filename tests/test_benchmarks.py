@@ -80,7 +80,7 @@ def test_small_batch(fashion, tmp_path):
     assert rows(table)[-1]["variant"] == change
 
 
-@pytest.mark.once
+@of_a_study
 def test_the_summary_says_who_wins(capsys, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     report = __import__("report")

@@ -25,6 +25,7 @@ STACKS = pytest.mark.parametrize("stack", STACKS_OF_LAYERS)
 SHAPE = (4, 16, 24, 32)
 
 
+@pytest.mark.slow
 @compiled_by_xla
 def test_no_shape_is_compiled_twice():
     """Batch and image sizes change; each setting of the layers, the model compiled or not."""

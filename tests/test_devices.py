@@ -46,6 +46,7 @@ def free_ports(count):
     return ports
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's strategies")
 def test_mirrored_strategy():
     """`fit` and a loop of one's own on two devices equal `fit` on one."""
@@ -55,6 +56,7 @@ def test_mirrored_strategy():
     assert result["loop"] < STEPS_IN_ANOTHER_ORDER
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's strategies")
 def test_multi_worker_mirrored_strategy():
     """A loop of one's own in two processes equals `fit` in one. What `fit` does with Keras' own
