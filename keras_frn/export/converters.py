@@ -12,11 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import keras
-import numpy as np
 
 from ..samples import Samples
+from . import flatbuffer
+from .biases import correct_biases
 from .presets import PRESETS, Scheme
-from .ranges import correct_biases, measure_ranges
+from .ranges import measure_ranges
 from .runtime import LiteRT
 
 __all__ = ["ConversionError", "convert", "import_quantizer"]
@@ -213,23 +214,4 @@ def _by_quantizer(
             )
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ConversionError(f"ai-edge-quantizer says: {_shorten(error)}.") from error
-    return _store_weights_inside(bytes(result.quantized_model))
-
-
-def _store_weights_inside(content: bytes) -> bytes:
-    """Moves weights from behind a FlatBuffer into it.
-
-    ai-edge-quantizer appends those of files above 256 kB, where TensorFlow Lite Micro does not
-    look: it gives their place in memory to them, and computes with what is there.
-    """
-    import flatbuffers
-    from ai_edge_litert import schema_py_generated as schema
-
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    for buffer in model.buffers:
-        if buffer.offset:
-            buffer.data = np.frombuffer(content, "uint8", buffer.size, buffer.offset)
-            buffer.offset = buffer.size = 0
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return flatbuffer.write(flatbuffer.read(bytes(result.quantized_model)))

@@ -136,12 +136,11 @@ class InferenceCopy:
         peaks lose least on a grid of integers that they share. On maps so large that a sum of
         squares would come near the largest number of half precision, to less.
         """
-        self._mean_squares, peaks = self._record(batches)
+        self._mean_squares, peaks = self._record(batches, to_peaks)
         for layer in self.normalizations:
-            values = self._mean_squares[layer]
-            others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
+            values, others = self._mean_squares[layer], _other_axes(layer)
             size = np.sqrt(values.mean(others) + layer.epsilon)
-            factor = 1 / (np.maximum(size, peaks[layer]) if to_peaks else size)
+            factor = 1 / np.maximum(size, peaks.get(layer, 0.0))
             sums = self._positions[layer] * values * np.expand_dims(factor, others) ** 2
             factor = factor * np.sqrt(_LARGEST_SUM / max(sums.max(), _LARGEST_SUM))
             try:
@@ -186,10 +185,10 @@ class InferenceCopy:
         )
 
     def _record(
-        self, batches: Iterable[Batch]
+        self, batches: Iterable[Batch], with_peaks: bool
     ) -> tuple[dict[Normalization, Array], dict[Normalization, Array]]:
-        """Dicts from each normalization to the mean squares of its inputs, and to the peak of each
-        channel: the 8th root of the mean 8th power."""
+        """Dicts from each normalization to the mean squares of its inputs, and, if asked for, to
+        the peak of each channel: the 8th root of the mean 8th power."""
         recorded: dict[Normalization, Batch] = collections.defaultdict(list)
         powers: dict[Normalization, Batch] = collections.defaultdict(list)
 
@@ -197,10 +196,10 @@ class InferenceCopy:
             nu2 = ops.convert_to_numpy(layer.mean_square(x)).astype("float64")
             positions = math.prod(x.shape) // max(nu2.size, 1)
             self._positions[layer] = max(positions, self._positions.get(layer, 1))
-            others = tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
-            values = ops.convert_to_numpy(x).astype("float64")
             recorded[layer].append(nu2)
-            powers[layer].append(len(x) * np.mean(values**8, others))
+            if with_peaks:
+                values = ops.convert_to_numpy(x).astype("float64")
+                powers[layer].append(len(x) * np.mean(values**8, _other_axes(layer)))
 
         with graph.watch_calls(self.normalizations, record):
             for batch in batches:
@@ -305,6 +304,11 @@ def _is_scalable(layer: keras.layers.Layer) -> bool:
 
 def _has_plain_kernel(layer: keras.layers.Layer) -> bool:
     return not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
+
+
+def _other_axes(layer: Normalization) -> tuple[int, ...]:
+    """All axes but the channels."""
+    return tuple(i for i in range(layer.rank) if i != layer.axis % layer.rank)
 
 
 def _is_threshold(layer: keras.layers.Layer) -> bool:

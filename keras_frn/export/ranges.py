@@ -1,10 +1,7 @@
-"""What ai-edge-quantizer rounds by: ranges without the rarest values, and biases that make up for
-the mean of the rounding."""
+"""The ranges of activations that ai-edge-quantizer quantizes by, without the rarest values."""
 
-import collections
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,19 +9,19 @@ from ..samples import Samples
 from ..typing import Array
 from .runtime import LiteRT, find_upstream
 
-__all__ = ["correct_biases", "measure_ranges"]
+__all__ = ["CHANNELS", "LEAST_SPAN", "Product", "Range", "find_products", "measure_ranges"]
 
 # The fraction of a tensor's values that saturate on either side, and the bins that find it.
 _RARE, _BINS = 2e-4, 4096
 # What the names of operators contain that add up several positions or channels.
 _MIXING = ("CONV", "FULLY_CONNECTED", "MATMUL", "MEAN", "SUM", "POOL")
 # The axis of the channels in the filters of the operators that add a bias.
-_CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
+CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
 # The most steps of a bias, which are those of the input times those of the filter. An eighth of the
 # largest integer, and few enough for the widest filter to stay at zero.
 _BIAS_STEPS = 2.0**28
 # The least range of the quantizer.
-_LEAST_SPAN = 1e-9
+LEAST_SPAN = 1e-9
 
 Range = dict[str, Array]
 
@@ -78,92 +75,43 @@ def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
     return ranges | _widen_filters(runtime, ranges)
 
 
-def correct_biases(
-    content: bytes, runtime: LiteRT, samples: Samples, ranges: Mapping[str, Range]
-) -> bytes:
-    """Returns the float file with the mean effect of rounding inputs and filters taken out of the
-    biases.
+class Product(NamedTuple):
+    """An operator with filters and a bias: its number, its name, and the tensors that it reads."""
 
-    Many positions of a channel are exactly at tau, and all are rounded by the same amount, which no
-    sum over positions averages out, and which the next normalization amplifies.
-    """
-    import flatbuffers
-    from ai_edge_litert import schema_py_generated as schema
+    number: int
+    operator: str
+    input: int
+    filters: int
+    bias: int
 
-    model = schema.ModelT.InitFromPackedBuf(content, 0)
-    (graph,) = model.subgraphs
-    interpreter = runtime.interpreter
-    details = {d["index"]: d for d in interpreter.get_tensor_details()}
-    products = []
+
+def find_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> Iterator[Product]:
+    """The operators whose filters and bias are constants; `ranges` has the computed tensors."""
+    details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
     for number, op in enumerate(runtime.list_operators()):
-        is_computed = [details[i]["name"] in ranges for i in op["inputs"] if i in details]
-        # A transposed convolution has three inputs before its bias.
-        if op["op_name"] in _CHANNELS and is_computed == [True, False, False]:
-            products.append((number, op["op_name"], *op["inputs"]))
-    readers = collections.Counter(int(i) for op in graph.operators for i in op.inputs)
-    # Of each input: the sums of its channels, exact and rounded, and the number of positions.
-    sums: dict[int, Any] = {x: np.zeros((2, details[x]["shape"][-1])) for _, _, x, *_ in products}
-    counts = dict.fromkeys(sums, 0)
-    for batch in samples:
-        runtime(*batch)
-        for x in sums:
-            values = interpreter.get_tensor(x).astype("float64")
-            low, high = (ranges[details[x]["name"]][end].item() for end in ("min", "max"))
-            step = max(high - low, _LEAST_SPAN) / 255
-            zero = np.round(low / step)
-            rounded = np.clip(np.round(values / step), zero, zero + 255) * step
-            pair = np.stack([values, rounded]).reshape(2, -1, values.shape[-1])
-            sums[x], counts[x] = sums[x] + pair.sum(1), counts[x] + pair.shape[1]
-    for number, name, x, filters, bias in products:
-        weights = interpreter.get_tensor(filters)
-        axes = tuple(i for i in range(weights.ndim) if i != _CHANNELS[name])
-        step = np.maximum(np.abs(weights).max(axes, keepdims=True), _LEAST_SPAN) / 127
-        exact, rounded = sums[x] / counts[x]
-        shift = _sum_taps(name, np.round(weights / step) * step, rounded)
-        shift = shift - _sum_taps(name, weights, exact)
-        # Convolutions without a bias share one constant. The last of them takes it over.
-        readers[bias] -= 1
-        if readers[bias]:
-            graph.tensors.append(copy.copy(graph.tensors[bias]))
-            graph.operators[number].inputs = [x, filters, len(graph.tensors) - 1]
-        tensor = graph.tensors[-1 if readers[bias] else bias]
-        tensor.name, tensor.buffer = f"{details[filters]['name']}/bias", len(model.buffers)
-        buffer = schema.BufferT()
-        corrected = interpreter.get_tensor(bias) - shift.astype("float32")
-        buffer.data = np.frombuffer(corrected.tobytes(), "uint8")
-        model.buffers.append(buffer)
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
-def _sum_taps(name: str, weights: Array, channels: Array) -> Array:
-    """What an operator gives at each position if its input is constant, without the bias."""
-    if name == "DEPTHWISE_CONV_2D":
-        return weights.sum((0, 1, 2)) * np.repeat(channels, weights.shape[-1] // channels.size)
-    groups = channels.size // weights.shape[-1]
-    taps = weights.reshape(groups, len(weights) // groups, -1, weights.shape[-1]).sum(2)
-    return np.einsum("goi,gi->go", taps, channels.reshape(groups, -1)).ravel()
+        read = [i for i in op["inputs"] if i in details and details[i]["dtype"] is np.float32]
+        constant = [i for i in read if details[i]["name"] not in ranges]
+        if op["op_name"] not in CHANNELS or len(read) != 3 or len(constant) != 2:
+            continue
+        (given,) = set(read) - set(constant)
+        # A transposed convolution reads the sizes of its output and its filters first.
+        if read.index(given) == (op["op_name"] == "TRANSPOSE_CONV"):
+            yield Product(number, op["op_name"], given, *constant)
 
 
 def _widen_filters(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
     """The ranges of filters whose own steps are so small that their bias has too many."""
     details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
     widened = {}
-    for op in runtime.list_operators():
-        read = [i for i in op["inputs"] if i in details and details[i]["dtype"] is np.float32]
-        constant = [i for i in read if details[i]["name"] not in ranges]
-        if op["op_name"] not in _CHANNELS or len(read) != 3 or len(constant) != 2:
-            continue
-        (given,) = set(read) - set(constant)
-        filters, bias = map(runtime.interpreter.get_tensor, constant)
-        others = tuple(i for i in range(filters.ndim) if i != _CHANNELS[op["op_name"]])
+    for product in find_products(runtime, ranges):
+        filters, bias = map(runtime.interpreter.get_tensor, (product.filters, product.bias))
+        others = tuple(i for i in range(filters.ndim) if i != CHANNELS[product.operator])
         largest = np.abs(filters).max(others, keepdims=True)
-        span = np.ptp([*ranges[details[given]["name"]].values()])
-        least = 127 * 255 * np.abs(bias) / (_BIAS_STEPS * max(span, _LEAST_SPAN))
+        span = np.ptp([*ranges[details[product.input]["name"]].values()])
+        least = 127 * 255 * np.abs(bias) / (_BIAS_STEPS * max(span, LEAST_SPAN))
         if np.any(least.reshape(largest.shape) > largest):
             bound = np.maximum(largest, least.reshape(largest.shape)).astype("f4")
-            widened[details[constant[0]]["name"]] = {"min": -bound, "max": bound}
+            widened[details[product.filters]["name"]] = {"min": -bound, "max": bound}
     return widened
 
 
