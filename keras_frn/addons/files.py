@@ -23,8 +23,8 @@ from ..errors import ArgumentError
 from ..typing import PathLike
 
 MODEL = "top_level_model_weights"  # the list of what a model has outside of its layers
-Array: TypeAlias = tuple[str, Any]  # with its name in the file
-Lists: TypeAlias = dict[str | None, list[Array]]
+NamedArray: TypeAlias = tuple[str, Any]  # its name in the file, and the array
+Lists: TypeAlias = dict[str | None, list[NamedArray]]
 
 
 @dataclasses.dataclass
@@ -32,10 +32,10 @@ class Tree:
     """The objects in a file by number, from the root 0, as a checkpoint and HDF5 have them."""
 
     names: list[dict[str, int]]  # of what is in each object, with its number
-    arrays: dict[int, Array]
+    arrays: dict[int, NamedArray]
     is_checkpoint: bool  # which has the order of creation; HDF5 has that of the alphabet
 
-    def list_arrays(self, root: int) -> list[Array]:
+    def list_arrays(self, root: int) -> list[NamedArray]:
         """The arrays of floats in an object, in its order, but for optimizers and metrics."""
         seen: dict[int, None] = {}
         pending = [root]

@@ -123,7 +123,9 @@ def match(
     return _check_pairs(tree, _match_lists(tree, stored, has_config=bool(members)))
 
 
-def _check_pairs(tree: Node, pairs: list[Pair], arrays: Iterable[files.Array] = ()) -> list[Pair]:
+def _check_pairs(
+    tree: Node, pairs: list[Pair], arrays: Iterable[files.NamedArray] = ()
+) -> list[Pair]:
     """Checks that no weight and none of the arrays is left over, and that shapes agree."""
     found = {id(pair.weight) for pair in pairs}
     for pair in tree.list_pairs():
@@ -241,7 +243,7 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
 
 
 def _match_list(
-    node: Node, pairs: list[Pair], arrays: list[files.Array], by_order: bool = True
+    node: Node, pairs: list[Pair], arrays: list[files.NamedArray], by_order: bool = True
 ) -> list[Pair]:
     """Matches by the names of weights and their layers, or by order where they are others."""
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
@@ -281,7 +283,7 @@ def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
     return [(kind, numbers[kind].index(int(n or 0)), name) for kind, n, name in parts]
 
 
-def _match_flat(tree: Node, arrays: list[files.Array]) -> list[Pair]:
+def _match_flat(tree: Node, arrays: list[files.NamedArray]) -> list[Pair]:
     """Matches all arrays of a file that nests its layers in another way, by order."""
     pairs = _match_list(tree, tree.list_pairs(), arrays)
     return _warn_of_order(pairs, "nests its layers in another way") if _are_alike(pairs) else pairs
