@@ -250,15 +250,15 @@ class Emulation:
 
     def measure(self, calibration):
         """Finds the range of each tensor and the mean square of each channel."""
-        self.ranges, self.typical, self.kinds, self.only = {}, {}, STATISTICS, None
+        self.ranges, self.typical, self.kinds = {}, {}, STATISTICS
         self.is_measuring = True
         self._run(calibration)
         self.is_measuring = False
 
-    def run(self, images, kinds=(), only=None, quieter_than=None):
-        """The logits with tensors of these kinds rounded: those of one layer, or, with
-        `quieter_than`, the sample-channels below that share of their channel's mean square."""
-        self.kinds, self.only, self.quieter_than = kinds, only, quieter_than
+    def run(self, images, kinds=(), quieter_than=None):
+        """The logits with tensors of these kinds rounded, or, with `quieter_than`, the
+        sample-channels below that share of their channel's mean square."""
+        self.kinds, self.quieter_than = kinds, quieter_than
         parts = [self._run(images[i : i + 250]) for i in range(0, len(images), 250)]
         return np.concatenate([keras.ops.convert_to_numpy(part) for part in parts])
 
@@ -276,11 +276,8 @@ class Emulation:
                 x = layer(x)
         return x
 
-    def is_chosen(self, kind):
-        return kind in self.kinds and self.only in (None, self.index)
-
     def convolve(self, layer, x):
-        if not self.is_chosen("weights") or self.is_measuring:
+        if "weights" not in self.kinds or self.is_measuring:
             return layer(x)
         kernel, *others = (weight.numpy() for weight in layer.weights)
         is_depthwise = isinstance(layer, layers.DepthwiseConv2D)
@@ -294,7 +291,7 @@ class Emulation:
         def scale(x, epsilon, gamma, floor, step):
             nu2 = keras.ops.mean(self.round(x * x, "squares", step), (1, 2), keepdims=True)
             nu2 = self.round(nu2, "means", step)
-            has_floor = floor is not None and self.is_chosen("floor")
+            has_floor = floor is not None and "floor" in self.kinds
             if not has_floor or np.max(epsilon) > floor / 8:
                 nu2 = nu2 + layer.align(epsilon, x)
             if has_floor:
@@ -321,7 +318,7 @@ class Emulation:
             low, high = np.quantile(values, [2e-4, 1 - 2e-4] if is_rare else [0, 1])
             self.ranges[key] = min(low, 0.0), max(high, 0.0)
             return x
-        if not self.is_chosen(kind):
+        if kind not in self.kinds:
             return x
         low, high = map(float, self.ranges[key])
         step = (high - low) / 255
