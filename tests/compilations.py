@@ -14,7 +14,7 @@ from pathlib import Path
 
 SIZES = [(4, 16), (7, 20), (2, 16), (7, 20)]
 # `jit_compile` of the layers and of the model.
-SETTINGS = [(None, True), (True, True), (True, False)]
+SETTINGS = [(None, True), (True, True), (True, False), (False, False)]
 
 
 def main():

@@ -33,6 +33,12 @@ PRESETS = {
 }
 
 
+def slow_cases(*cases):
+    """Parameters of a test that run with `-m slow` alone."""
+    arguments = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*values, marks=pytest.mark.slow) for values in arguments]
+
+
 def frn(**kwargs):
     return keras_frn.FilterResponseNormalization(**kwargs)
 

@@ -12,7 +12,7 @@ import pytest
 from backends import BACKEND
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-of_a_study = pytest.mark.skipif(BACKEND != "jax", reason="the studies run on JAX, once is enough")
+pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="the studies run on JAX, once is enough")
 
 
 @pytest.fixture
@@ -50,7 +50,6 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-@of_a_study
 @pytest.mark.slow
 def test_small_batch(fashion, tmp_path):
     names = ("--batches", 2, "--only", "BatchNormalization + ReLU")
@@ -80,7 +79,6 @@ def test_small_batch(fashion, tmp_path):
     assert rows(table)[-1]["variant"] == change
 
 
-@of_a_study
 def test_the_summary_says_who_wins(capsys, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     report = __import__("report")
@@ -92,7 +90,6 @@ def test_the_summary_says_who_wins(capsys, monkeypatch):
     assert report.verdict(better, ours, "x") == "ahead of x by 1.1 ± 0.2"
 
 
-@of_a_study
 @pytest.mark.slow
 def test_segmentation(tmp_path):
     out = run(

@@ -157,6 +157,7 @@ def test_a_second_training_run_continues_after_compile():
 OPTIMIZERS = {
     "held against the optimizer": {"learning_rate": 0.1},
     "gradient accumulation": {"gradient_accumulation_steps": 4},
+    "averages": {"use_ema": True, "ema_momentum": 0.5},
     "averages that overwrite": {"use_ema": True, "ema_overwrite_frequency": 3},
     "averages that are swapped": {"use_ema": True},
 }

@@ -125,7 +125,7 @@ def test_fit_in_each_mode(mode, rng):
     x = rng.normal(size=(24, 8, 8, 3)).astype("float32")
     y = x.std((1, 2))[:, :2]
     losses = []
-    for jit_compile in (None, True):
+    for jit_compile in (None, False, True):
         model = small_model(jit_compile)
         model.compile(keras.optimizers.Adam(0.01), "mse", **mode)
         history = model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
@@ -135,6 +135,7 @@ def test_fit_in_each_mode(mode, rng):
         )
     # Nine steps of float32 roundings that differ between programs.
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
     assert losses[1][-1] < losses[1][0]
 
 

@@ -75,6 +75,10 @@ def _has_a_fixed_batch(names):
     assert (1, 8, 8, 3) in stored_shapes("model.tflite")
 
 
+def _has_a_block(names):
+    assert names["block"].output_shape == (None, 32, 32, 16)
+
+
 def _is_accurate(names):
     # 0.989 was seen.
     assert names["accuracy"] > 0.97
@@ -87,12 +91,6 @@ BEFORE = {
     "docs/migrating-from-addons.md": _addons_files,
     "docs/other-formats.md": _frn_model_and_images,
 }
-
-
-def _has_a_block(names):
-    assert names["block"].output_shape == (None, 32, 32, 16)
-
-
 AFTER = {
     "docs/converting-batch-normalization.md": _is_converted,
     "docs/migrating-from-addons.md": _is_migrated,

@@ -7,6 +7,9 @@ import pytest
 from backends import BACKEND
 from markdown_blocks import ROOT
 
+# It compiles the networks of each for a minute.
+pytestmark = [pytest.mark.slow] * (BACKEND == "jax")
+
 
 def run(name, **options):
     return runpy.run_path(str(ROOT / "examples" / name))["main"](**options)
@@ -68,10 +71,10 @@ def bayesian():
         assert np.isfinite(list(result.values())).all()
 
 
-# The backends of each. On JAX the same convolutions take a minute to compile on a CPU.
+# The backends of each. JAX takes a minute to compile and run convolutions of volumes on a CPU.
 CHECKS = {
     bayesian: ("jax",),
-    image_classification: ("tensorflow", "torch"),
+    image_classification: ("tensorflow", "jax", "torch"),
     microcontroller: ("tensorflow",),
     private_training: ("jax",),
     segmentation_3d: ("tensorflow", "torch"),
@@ -80,11 +83,7 @@ CHECKS = {
 
 # jax-privacy's own.
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "check",
-    [pytest.param(c, marks=[pytest.mark.slow] * (CHECKS[c] == ("jax",))) for c in CHECKS],
-    ids=lambda check: check.__name__,
-)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_an_example_runs(check):
     if BACKEND not in CHECKS[check]:
         pytest.skip(f"runs on {', '.join(CHECKS[check])}")

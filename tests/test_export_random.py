@@ -4,6 +4,7 @@ from pathlib import Path
 
 import keras
 import pytest
+from exporting import slow_cases
 
 pytest.importorskip("ai_edge_quantizer", reason="of the [export] extra")
 pytestmark = [
@@ -13,9 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))]
-)
+@pytest.mark.parametrize("seed", [0, 1, *slow_cases(*range(2, 6))])
 def test_no_file_is_wrong_without_a_word(seed, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import export_fuzz
