@@ -163,7 +163,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind",
+    # The two after it average, too.
+    [pytest.param(k, marks=[pytest.mark.slow] * (k == "averages")) for k in OPTIMIZERS],
+)
 def test_only_the_schedule_changes_what_it_needs(kind):
     model, x, y = _converted()
     mean_square = numpy(_layers(model)[0].mean_square)
