@@ -51,7 +51,7 @@ def rows(path):
 
 
 @pytest.mark.slow
-def test_small_batch(fashion, tmp_path):
+def test_small_batch_study_writes_its_results(fashion, tmp_path):
     names = ("--batches", 2, "--only", "BatchNormalization + ReLU")
     common = ("--data", fashion, "--results", tmp_path, "--images", 8)
     out = run("small_batch.py", *common, *names, "--seeds", 2, "--tune")
@@ -79,7 +79,7 @@ def test_small_batch(fashion, tmp_path):
     assert rows(table)[-1]["variant"] == change
 
 
-def test_the_summary_says_who_wins(capsys, monkeypatch):
+def test_report_names_the_winner(capsys, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     report = __import__("report")
     ours, close, better = {0: 80.0, 1: 81.0, 2: 82.0}, {0: 79.0, 1: 82.0, 2: 82.5}, {}
@@ -91,7 +91,7 @@ def test_the_summary_says_who_wins(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_segmentation(tmp_path):
+def test_segmentation_study_writes_its_results(tmp_path):
     out = run(
         *("segmentation.py", "--results", tmp_path, "--steps", 3, "--seeds", 1, "--size", 8),
         *("--tune", "--only", "FRN + TLU"),

@@ -48,7 +48,7 @@ def _ratio(model):
     return float(numpy(_layers(model)[0].epsilon_ratio)[0])
 
 
-def test_the_ratio_goes_down_and_nothing_else_changes():
+def test_scheduler_changes_only_the_ratio():
     model, x, y = _converted(ratio=2.0)
     weights = [w.copy() for w in model.get_weights()]
     schedule = EpsilonScheduler(steps=4, initial_ratio=2.0, final_ratio=0.5)
@@ -63,7 +63,7 @@ def test_the_ratio_goes_down_and_nothing_else_changes():
             np.testing.assert_array_equal(value, before)
 
 
-def test_a_typical_output_keeps_its_size():
+def test_scheduler_keeps_the_size_of_a_typical_output():
     model, x, y = _converted()
     inner, _ = _layers(model)
     typical = np.sqrt(numpy(inner.mean_square))[None, None, None]
@@ -111,7 +111,7 @@ def _uninterrupted():
 
 @pytest.mark.parametrize("saves_first", [False, True])
 @pytest.mark.parametrize("save_freq", ["epoch", 4])
-def test_a_killed_training_run_resumes(save_freq, saves_first, tmp_path):
+def test_scheduler_resumes_a_killed_training_run(save_freq, saves_first, tmp_path):
     whole, start, x, y = _uninterrupted()
     model = keras.models.clone_model(whole)
     for callbacks in ([Kill(12)], []):
@@ -129,7 +129,7 @@ def test_a_killed_training_run_resumes(save_freq, saves_first, tmp_path):
         assert _ratio(model) == _expected(28)
 
 
-def test_a_training_run_continues_after_saving_and_loading(tmp_path):
+def test_scheduler_continues_after_saving_and_loading(tmp_path):
     whole, start, x, y = _uninterrupted()
     model = keras.models.clone_model(whole)
     model.set_weights(start)
@@ -142,7 +142,7 @@ def test_a_training_run_continues_after_saving_and_loading(tmp_path):
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_second_training_run_continues_after_compile():
+def test_scheduler_continues_after_a_second_compile():
     model, x, y = _converted()
     schedule = EpsilonScheduler(**STEPS)
     for epochs, expected in ((2, 16), (1, 24), (3, 40)):
@@ -168,7 +168,7 @@ OPTIMIZERS = {
     # The two after it average, too.
     [pytest.param(k, marks=[pytest.mark.slow] * (k == "averages")) for k in OPTIMIZERS],
 )
-def test_only_the_schedule_changes_what_it_needs(kind):
+def test_scheduler_is_unaffected_by_the_optimizer(kind):
     model, x, y = _converted()
     mean_square = numpy(_layers(model)[0].mean_square)
     model.compile(keras.optimizers.Adam(**{"learning_rate": 1e-3, **OPTIMIZERS[kind]}), "mse")
@@ -182,14 +182,14 @@ def test_only_the_schedule_changes_what_it_needs(kind):
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it there")
 @pytest.mark.parametrize("number", [2, 3, 8])
-def test_batches_count_where_several_are_one_execution(number):
+def test_scheduler_counts_batches_with_steps_per_execution(number):
     model, x, y = _converted()
     model.compile(keras.optimizers.SGD(0.0), "mse", steps_per_execution=number)
     _fit(model, x, y, [EpsilonScheduler(**STEPS)], epochs=2)
     assert _ratio(model) == _expected(16)
 
 
-def test_frozen_layers_follow_the_schedule():
+def test_scheduler_applies_to_frozen_layers():
     model, x, y = _converted()
     model.layers[0].trainable = False
     model.compile("sgd", "mse")
@@ -198,7 +198,7 @@ def test_frozen_layers_follow_the_schedule():
 
 
 @pytest.mark.parametrize("is_late", [None, False, True])
-def test_schedule_of_a_model_that_fit_builds(is_late, rng):
+def test_scheduler_with_a_model_built_by_fit(is_late, rng):
     frn = FilterResponseNormalizationTLU(epsilon_ratio=2.0, name="frn")
     model = keras.Sequential([frn, layers.Flatten(), layers.Dense(2)])
     if is_late is not None:
@@ -211,7 +211,7 @@ def test_schedule_of_a_model_that_fit_builds(is_late, rng):
     assert float(numpy(frn.epsilon_ratio)[0]) == pytest.approx(2.0 / 8)  # 3 of 4 halvings
 
 
-def test_a_model_without_a_ratio_is_refused(rng):
+def test_scheduler_refuses_a_model_without_a_ratio(rng):
     model, x, y = _converted(ratio=0.0)
     with pytest.raises(ValueError, match="`model` must have FRN layers with an `epsilon_ratio`"):
         model.fit(x, y, verbose=0, callbacks=[EpsilonScheduler(steps=2)])
@@ -233,7 +233,7 @@ def test_a_model_without_a_ratio_is_refused(rng):
         ({"steps": 2, "final_ratio": None}, r"`final_ratio` must be .*final_ratio=None"),
     ],
 )
-def test_arguments_are_checked(arguments, match):
+def test_scheduler_checks_its_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
         EpsilonScheduler(**arguments)
 
@@ -259,7 +259,7 @@ def _monitored(rng):
     return model, x
 
 
-def test_monitor_against_numpy(rng):
+def test_monitor_matches_numpy(rng):
     model, x = _monitored(rng)
     model.compile(keras.optimizers.SGD(0.0), "mse")
     monitor = FRNMonitor(x, per_layer=True)
@@ -291,7 +291,7 @@ def test_monitor_against_numpy(rng):
     assert all("call" not in vars(layer) for layer in model._flatten_layers())
 
 
-def test_monitor_logs_the_network_and_draws(rng, tmp_path):
+def test_monitor_logs_and_plots(rng, tmp_path):
     model, x = _monitored(rng)
     log = tmp_path / "log.csv"
     monitor = FRNMonitor([x[:2], x[2:]])
@@ -318,7 +318,7 @@ def test_monitor_counts_each_sample_once(rng):
     assert row["epsilon_ratio"] == pytest.approx(np.median(1 / mean_square), rtol)
 
 
-def test_monitor_of_a_model_without_frn(rng):
+def test_monitor_with_a_model_without_frn(rng):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile("sgd", "mse")
     x = rng.normal(size=(4, 3))
@@ -377,7 +377,7 @@ UNBUILT = {
 
 @pytest.mark.parametrize("is_built", [False, True])
 @pytest.mark.parametrize("kind", UNBUILT)
-def test_monitor_of_models_without_symbolic_inputs(kind, is_built, rng):
+def test_monitor_with_models_without_symbolic_inputs(kind, is_built, rng):
     model = UNBUILT[kind]()
     x = rng.normal(size=(12, 4, 3)).astype("float32")
     if is_built:
@@ -392,7 +392,7 @@ def test_monitor_of_models_without_symbolic_inputs(kind, is_built, rng):
 
 
 @pytest.mark.parametrize("nest", [lambda a, b: [a, b], lambda a, b: {"a": a, "b": b}])
-def test_monitor_of_a_subclass_with_two_inputs(nest, rng):
+def test_monitor_with_a_subclassed_model_of_two_inputs(nest, rng):
     a, b = rng.normal(size=(2, 12, 4, 3)).astype("float32")
     model = Unprepared(is_late=False)
     model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -403,7 +403,7 @@ def test_monitor_of_a_subclass_with_two_inputs(nest, rng):
 
 
 @pytest.mark.parametrize("is_built", [False, True])
-def test_monitor_calls_its_data_by_their_name(is_built, rng):
+def test_monitor_names_its_data_argument_in_errors(is_built, rng):
     model = UNBUILT["Sequential"]()
     x = rng.normal(size=(4, 4, 3)).astype("float32")
     if is_built:

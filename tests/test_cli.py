@@ -43,7 +43,7 @@ def run(*arguments):
 
 
 @pytest.mark.each_backend
-def test_inspect(files, capsys):
+def test_inspect_prints_a_table(files, capsys):
     assert run("inspect", files / "frn.keras") == 0
     printed = capsys.readouterr().out
     assert "1 FRN and TLU layers" in printed
@@ -51,7 +51,7 @@ def test_inspect(files, capsys):
 
 
 @pytest.mark.each_backend
-def test_inspect_with_data(files, capsys):
+def test_inspect_with_data_prints_statistics(files, capsys):
     pytest.importorskip("matplotlib", reason="of the [demo] extra")
     options = ("--data", files / "x.npy", "--plot", files / "layers.png")
     assert run("inspect", files / "frn.keras", *options) == 0
@@ -62,7 +62,7 @@ def test_inspect_with_data(files, capsys):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is exported with TensorFlow")
-def test_export(files, capsys):
+def test_export_writes_a_file_and_prints_the_report(files, capsys):
     target = files / "m.tflite"
     options = ("--quantization", "int8", "--calibration", files / "x.npy")
     assert run("export", files / "frn.keras", target, *options) == 0
@@ -85,7 +85,7 @@ def test_export(files, capsys):
 
 
 @pytest.mark.each_backend
-def test_convert(files, capsys):
+def test_convert_writes_a_model(files, capsys):
     target = files / "converted.keras"
     assert run("convert", files / "bn.keras", target, "--calibration", files / "x.npy") == 0
     assert "1 BatchNormalization" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_convert(files, capsys):
     assert len(list(files.iterdir())) == 4, "no temporary file is left"
 
 
-def test_migrate_takes_the_choice_of_thresholds(tmp_path):
+def test_migrate_option_tau(tmp_path):
     old = ADDONS / "uniform_tau" / "model.keras"
     ranks = []
     for number, choice in enumerate([(), ("--tau", "per_position")]):
@@ -108,7 +108,7 @@ def test_migrate_takes_the_choice_of_thresholds(tmp_path):
     assert ranks == [{1, 3}, {3}]  # one of two layers has a threshold that varies
 
 
-def test_nothing_is_left_where_a_written_weight_is_another(files, capsys, monkeypatch):
+def test_failed_check_leaves_no_output_file(files, capsys, monkeypatch):
     old = ADDONS / "frn_default" / "model.h5"
     before = sorted(files.iterdir())
     other = keras.models.load_model(files / "bn.keras")
@@ -119,7 +119,7 @@ def test_nothing_is_left_where_a_written_weight_is_another(files, capsys, monkey
 
 
 @pytest.mark.each_backend
-def test_migrate_prints_the_layers_and_the_outputs_for_a_check(tmp_path, capsys):
+def test_migrate_prints_layers_and_outputs(tmp_path, capsys):
     folder = ADDONS / "frn_default"
     with np.load(folder / "io.npz") as io:
         np.save(tmp_path / "x.npy", io["x"])
@@ -137,7 +137,7 @@ def test_migrate_refuses_other_files(files, capsys):
     assert not (files / "new.keras").exists()
 
 
-def test_migrate_names_its_own_options(tmp_path, capsys):
+def test_migrate_errors_name_its_own_options(tmp_path, capsys):
     old = ADDONS / "uniform_tau" / "model.keras"
     assert run("migrate", old, tmp_path / "new.keras", "--tau", "per_channel") == 2
     assert "`--tau` must be 'per_channel_mean' or 'per_position'" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_migrate_names_its_own_options(tmp_path, capsys):
     assert not (tmp_path / "new.keras").exists()
 
 
-def test_an_output_is_checked_before_the_work(files, capsys, monkeypatch):
+def test_output_path_is_checked_first(files, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_load", None)
     for command, suffix in (("export", ".tflite"), ("convert", ".keras"), ("migrate", ".keras")):
         old = files / f"old{suffix}"
@@ -166,7 +166,7 @@ def test_an_output_is_checked_before_the_work(files, capsys, monkeypatch):
 
 
 @pytest.mark.each_backend
-def test_overwrite(files):
+def test_existing_output_needs_overwrite(files):
     target = files / "old.keras"
     target.write_text("old")
     assert (
@@ -176,7 +176,7 @@ def test_overwrite(files):
     assert keras.models.load_model(target).count_params() > 0
 
 
-def test_a_file_of_the_wrong_kind_says_so(files, capsys):
+def test_file_of_the_wrong_kind_is_named(files, capsys):
     np.savez(files / "x.npz", images=np.zeros(3))
     (files / "empty.npy").write_bytes(b"")
     (files / "x.txt").write_text("1 2 3")
@@ -200,7 +200,7 @@ def test_a_file_of_the_wrong_kind_says_so(files, capsys):
 
 
 @pytest.mark.parametrize("command", ["inspect", "export", "convert", "migrate"])
-def test_a_missing_file_is_an_error_without_traceback(command, tmp_path, capsys):
+def test_missing_file_prints_an_error_without_traceback(command, tmp_path, capsys):
     outputs = {"inspect": [], "export": [tmp_path / "o.tflite"]}.get(
         command, [tmp_path / "o.keras"]
     )
@@ -208,7 +208,7 @@ def test_a_missing_file_is_an_error_without_traceback(command, tmp_path, capsys)
     assert "none.keras" in capsys.readouterr().err
 
 
-def test_help_names_the_commands(capsys):
+def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         run("--help")
     printed = capsys.readouterr().out
@@ -221,14 +221,14 @@ class Own(keras.layers.Layer):
     pass
 
 
-def test_a_class_that_is_not_registered_is_an_error_of_one_sentence(tmp_path, capsys):
+def test_unregistered_class_prints_a_one_sentence_error(tmp_path, capsys):
     keras.Sequential([keras.Input((3,)), Own()]).save(tmp_path / "own.keras")
     keras.saving.get_custom_objects().pop("test_cli>Own")
     assert run("inspect", tmp_path / "own.keras") == 2
     assert "Could not locate class 'Own'. A program that registers" in capsys.readouterr().err
 
 
-def test_version(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         run("--version")
     assert capsys.readouterr().out.startswith("keras-frn 0.1")
@@ -248,7 +248,7 @@ def test_version(capsys):
         ([ADDONS / "frn_tlu" / "model.keras"], "keras-frn migrate"),
     ],
 )
-def test_errors_of_inspect(files, capsys, monkeypatch, arguments, message):
+def test_inspect_errors(files, capsys, monkeypatch, arguments, message):
     np.save(files / "wrong.npy", np.zeros((3, 9, 9, 3), "float32"))
     (files / "junk.h5").write_text("junk")
     (files / "cut.keras").write_bytes((files / "frn.keras").read_bytes()[:-500])
@@ -260,7 +260,7 @@ def test_errors_of_inspect(files, capsys, monkeypatch, arguments, message):
     assert not printed.out, "what is wrong is said before anything else"
 
 
-def test_inspect_and_convert_point_at_each_other(files, capsys):
+def test_inspect_and_convert_refer_to_each_other(files, capsys):
     assert run("inspect", files / "bn.keras") == 0
     assert "1 BatchNormalization layers, which `keras-frn convert`" in capsys.readouterr().out
     assert run("convert", files / "frn.keras", files / "new.keras") == 2
@@ -269,7 +269,7 @@ def test_inspect_and_convert_point_at_each_other(files, capsys):
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
-def test_a_warning_is_printed_once_with_the_name_of_the_option(files, capsys):
+def test_warning_is_printed_once_and_names_the_option(files, capsys):
     np.save(files / "ones.npy", np.ones((4, 8, 8, 3), "float32"))
     assert run("inspect", files / "frn.keras", "--data", files / "ones.npy") == 0
     errors = capsys.readouterr().err.splitlines()
@@ -281,7 +281,7 @@ def test_a_warning_is_printed_once_with_the_name_of_the_option(files, capsys):
 
 @pytest.mark.filterwarnings("default::UserWarning")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="LiteRT is exported with TensorFlow")
-def test_a_warning_of_an_export_is_not_in_its_report_again(files, capsys):
+def test_export_warning_is_not_repeated_in_the_report(files, capsys):
     np.save(files / "few.npy", np.load(files / "x.npy")[:4])
     options = ("--quantization", "int8", "--calibration", files / "few.npy")
     assert run("export", files / "frn.keras", files / "m.tflite", *options) == 0
@@ -290,7 +290,7 @@ def test_a_warning_of_an_export_is_not_in_its_report_again(files, capsys):
     assert "`--calibration` has 4 different samples" in printed.err
 
 
-def test_a_size_that_is_not_a_number_is_refused(files, capsys):
+def test_shape_option_refuses_a_size_that_is_not_a_number(files, capsys):
     with pytest.raises(SystemExit):
         run("export", files / "frn.keras", files / "m.tflite", "--input-shape", "1,8,x")
     assert "--input-shape: must be sizes with commas between" in capsys.readouterr().err
@@ -299,7 +299,7 @@ def test_a_size_that_is_not_a_number_is_refused(files, capsys):
 COMMAND = [sys.executable, "-m", "keras_frn"]
 
 
-def test_what_a_process_says_at_its_end_is_visible():
+def test_messages_at_process_exit_are_visible():
     """As when it crashes: nothing takes the file descriptor away."""
     code = "import atexit, os, sys; atexit.register(os.write, 2, b'dead'); "
     config = configparser.ConfigParser()
@@ -314,7 +314,7 @@ def test_what_a_process_says_at_its_end_is_visible():
     assert b"dead" in result.stderr
 
 
-def test_a_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
+def test_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
     """While the command prints, or at its end when it writes what Python kept."""
     read, write = os.pipe()
     os.close(read)
@@ -327,7 +327,7 @@ def test_a_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is another signal there")
-def test_control_c(tmp_path):
+def test_control_c_exits_without_traceback(tmp_path):
     pytest.importorskip("sklearn", reason="of the [demo] extra")
     process = subprocess.Popen(
         [*COMMAND, "demo", "--output", tmp_path / "demo"],

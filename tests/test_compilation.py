@@ -27,7 +27,7 @@ SHAPE = (4, 16, 24, 32)
 
 @pytest.mark.slow
 @compiled_by_xla
-def test_no_shape_is_compiled_twice():
+def test_each_shape_is_compiled_once():
     """Batch and image sizes change; each setting of the layers, the model compiled or not."""
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("compilations.py")],
@@ -41,7 +41,7 @@ def test_no_shape_is_compiled_twice():
 
 
 @jax_only
-def test_a_network_takes_no_more_memory_than_with_relu():
+def test_network_memory_is_no_more_than_with_relu():
     import jax
 
     def temporary(normalize):
@@ -79,7 +79,7 @@ class AsWritten(FilterResponseNormalizationTLU):
 @jax_only
 @STACKS
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_lowers_for_other_platforms(stack, platform):
+def test_network_lowers_for_other_platforms(stack, platform):
     import jax
     import jax.export
 
@@ -161,7 +161,7 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
 
 
 @torch_only
-def test_torch_compiles_every_layer_of_a_large_model(rng):
+def test_torch_compiles_all_layers_of_a_large_model(rng):
     """It gives up at the eighth version of a function, and runs it as it is."""
     import torch
 
@@ -174,7 +174,7 @@ def test_torch_compiles_every_layer_of_a_large_model(rng):
 
 
 @torch_only
-def test_torch_transforms_of_compiled_layers(rng):
+def test_torch_func_transforms_work_on_compiled_layers(rng):
     import torch
 
     x = torch.tensor(rng.normal(size=(3, 4, 5, 2)).astype("float32"))
@@ -197,7 +197,7 @@ def test_torch_transforms_of_compiled_layers(rng):
 @pytest.mark.filterwarnings("ignore:Using len to get tensor shape")
 @pytest.mark.filterwarnings("ignore:Iterating over a tensor")
 @STACKS
-def test_torch_traces_the_same_graph_with_and_without_gradients(stack, rng):
+def test_torch_trace_is_the_same_with_and_without_gradients(stack, rng):
     import torch
 
     x = torch.tensor(rng.normal(size=(2, 4, 4, 3)), dtype=torch.float32)
@@ -212,7 +212,7 @@ def test_torch_traces_the_same_graph_with_and_without_gradients(stack, rng):
 
 
 @jax_only
-def test_rematerialization(rng):
+def test_rematerialization_keeps_the_gradients(rng):
     import jax
 
     x = rng.normal(size=(2, 5, 6, 3)).astype("float32")
@@ -228,7 +228,7 @@ def test_rematerialization(rng):
         close(numpy(actual), numpy(expected), INPUT_GRADIENT)
 
 
-def test_weights_are_arguments_of_the_compiled_program(rng):
+def test_compiled_program_takes_weights_as_arguments(rng):
     """A compiled program that had closed over the weights would not see the assignment."""
     x = rng.normal(size=(2, 6, 6, 3)).astype("float32")
     layer = FilterResponseNormalizationTLU(learned_epsilon=True, jit_compile=True)
@@ -242,7 +242,7 @@ def test_weights_are_arguments_of_the_compiled_program(rng):
 
 
 @pytest.mark.parametrize("jit_compile", [None, True])
-def test_at_a_tie_the_gradient_is_that_of_tau(jit_compile):
+def test_gradient_at_a_tie_goes_to_tau(jit_compile):
     layer = TLU(jit_compile=jit_compile)
     x = np.zeros((2, 3), "float32")
     layer.build(x.shape)
@@ -251,13 +251,13 @@ def test_at_a_tie_the_gradient_is_that_of_tau(jit_compile):
     np.testing.assert_array_equal(found["tau"], [2, 2, 2])
 
 
-def test_a_mask_may_be_a_list():
+def test_mask_may_be_a_list():
     x = np.ones((1, 2, 3), "float32")
     layer = FilterResponseNormalization(jit_compile=True)
     close(numpy(layer(x, mask=[[True, False]])), frn_tlu(x, mask=np.array([[True, False]])), VALUE)
 
 
-def test_many_shapes_under_jit_compile(rng):
+def test_jit_compile_with_many_shapes(rng):
     layer = FilterResponseNormalization(learned_epsilon=True, jit_compile=True)
     for batch, size in [(1, 4), (2, 4), (5, 4), (2, 7), (3, 9)]:
         x = rng.normal(size=(batch, size, 6, 3)).astype("float32")
@@ -266,7 +266,7 @@ def test_many_shapes_under_jit_compile(rng):
 
 @tensorflow_only
 @pytest.mark.parametrize("jit_compile", [None, False, True])
-def test_what_jit_compile_adds_to_a_graph(jit_compile):
+def test_jit_compile_marks_operators_and_adds_no_must_compile(jit_compile):
     import tensorflow as tf
 
     layer = FilterResponseNormalizationTLU(jit_compile=jit_compile)
@@ -278,7 +278,7 @@ def test_what_jit_compile_adds_to_a_graph(jit_compile):
 
 @tensorflow_only
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_which_form_tensorflow_gets(jit_compile):
+def test_tensorflow_form_depends_on_jit_compile(jit_compile):
     """XLA gets one sum of the squares and selections; TensorFlow's own kernels get a mean of means
     and the gradient of a ReLU."""
     import tensorflow as tf
@@ -301,7 +301,7 @@ def test_which_form_tensorflow_gets(jit_compile):
 
 
 @tensorflow_only
-def test_layers_of_the_same_shape_share_a_program(rng):
+def test_layers_of_one_shape_share_a_program(rng):
     from keras_frn.compilation import _compile
 
     x = rng.normal(size=(2, 5, 6, 3)).astype("float32")
@@ -314,7 +314,7 @@ def test_layers_of_the_same_shape_share_a_program(rng):
 
 
 @tensorflow_only
-def test_derivatives_of_every_kind_in_a_graph(rng):
+def test_all_kinds_of_derivatives_in_a_graph(rng):
     """Against eager mode, one example at a time."""
     import tensorflow as tf
 
@@ -362,7 +362,7 @@ def test_derivatives_of_every_kind_in_a_graph(rng):
 
 
 @tensorflow_only
-def test_on_device_training_in_litert(rng, tmp_path):
+def test_litert_trains_on_device(rng, tmp_path):
     """A training step is a LiteRT signature.
 
     Of FRN alone: the gradient of TLU is that of a ReLU, for which LiteRT needs Flex operators."""
@@ -399,7 +399,7 @@ def test_on_device_training_in_litert(rng, tmp_path):
 
 
 @tensorflow_only
-def test_a_gradient_penalty_reaches_every_weight(rng):
+def test_gradient_penalty_reaches_every_weight(rng):
     """That of the last beta and tau is zero, as with BatchNormalization and ReLU, and not None."""
     import tensorflow as tf
 

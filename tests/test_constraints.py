@@ -56,7 +56,7 @@ def test_every_kernel_has_zero_mean_after_a_step(kind, rng):
 
 
 @pytest.mark.parametrize("axis", [None, 0, -1, (0, 1), [0, 1, 3]])
-def test_value_against_numpy(axis, rng):
+def test_value_matches_numpy(axis, rng):
     kernel = rng.normal(1.0, size=(3, 3, 4, 5)).astype("float32")
     axes = (0, 1, 2) if axis is None else axis
     expected = kernel - np.mean(kernel, axis=tuple(np.atleast_1d(axes)), keepdims=True)
@@ -65,7 +65,7 @@ def test_value_against_numpy(axis, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_adds_in_float32(dtype, rng):
+def test_half_precision_sums_in_float32(dtype, rng):
     kernel = keras.ops.cast(rng.normal(100.0, size=(64, 64, 8)).astype("float32"), dtype)
     z = ZeroMean()(kernel)
     assert keras.backend.standardize_dtype(z.dtype) == dtype
@@ -76,7 +76,7 @@ def test_half_precision_adds_in_float32(dtype, rng):
     assert error.max() < {"float16": 2e-3, "bfloat16": 2e-2}[dtype]
 
 
-def test_float64_keeps_its_digits(rng):
+def test_float64_keeps_its_precision(rng):
     with float64_enabled():
         kernel = keras.Variable(rng.normal(1.0, size=(3, 3, 4, 5)), dtype="float64")
         z = ZeroMean()(kernel)
@@ -84,7 +84,7 @@ def test_float64_keeps_its_digits(rng):
         assert np.abs(numpy(z).mean((0, 1, 2))).max() < 1e-15
 
 
-def test_save_and_load(tmp_path, rng):
+def test_constraint_survives_save_and_load(tmp_path, rng):
     x = rng.normal(size=(4, 6, 6, 3)).astype("float32")
     model = keras.Sequential([keras.Input((6, 6, 3))])
     model.add(layers.DepthwiseConv2D(3, depthwise_constraint=ZeroMean((0, 1))))

@@ -174,7 +174,7 @@ def _all_layers(model):
 
 @pytest.mark.each_backend
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
-def test_every_structure_keeps_its_function(build, rng):
+def test_every_structure_keeps_its_outputs(build, rng):
     model = _trained(build(), rng)
     x = _input(model, rng)
     before, weights = model(x), [w.copy() for w in model.get_weights()]
@@ -190,7 +190,7 @@ def test_every_structure_keeps_its_function(build, rng):
         np.testing.assert_array_equal(actual, expected)
 
 
-def test_only_an_activation_of_one_normalization_becomes_tlu(rng):
+def test_activation_after_one_normalization_becomes_tlu(rng):
     model = _residual()
     tlus = [x.name for x in _convert(model).layers if isinstance(x, TLU)]
     assert tlus == ["relu1", "relu2"]
@@ -240,7 +240,7 @@ def test_epsilon_is_in_proportion_to_the_mean_square(learned, rng):
     assert float(np.asarray(frn.epsilon_ratio)[0]) == 2.0
 
 
-def test_outputs_at_a_single_position_differ(rng):
+def test_single_position_outputs_vary(rng):
     model = _trained(_dense(), rng)
     x = rng.normal(size=(30, 6)).astype("float32")
     for converted in (_convert(model, epsilon_ratio=0.0), _convert(model, x, epsilon_ratio=0.0)):
@@ -333,7 +333,7 @@ class Counted(layers.Layer):
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_a_layer_runs_as_often_however_deep_the_network_is(is_shared, rng):
+def test_calibration_runs_each_layer_once_at_any_depth(is_shared, rng):
     x = rng.normal(size=(40, 6, 3)).astype("float32")
     counts = []
     for depth in (2, 6):
@@ -351,7 +351,7 @@ def test_a_layer_runs_as_often_however_deep_the_network_is(is_shared, rng):
 
 
 @pytest.mark.each_backend
-def test_values_in_files_are_those_in_memory(rng, monkeypatch):
+def test_activations_on_disk_equal_those_in_memory(rng, monkeypatch):
     model = _trained(_shared(), rng)
     x = _input(model, rng, size=40)
     expected = _convert(model, x).get_weights()
@@ -361,7 +361,7 @@ def test_values_in_files_are_those_in_memory(rng, monkeypatch):
 
 
 @pytest.mark.each_backend
-def test_masked_positions_do_not_calibrate(rng):
+def test_masked_positions_are_ignored_in_calibration(rng):
     inputs = keras.Input((None,), dtype="int32")
     x = layers.Embedding(9, 4, mask_zero=True)(inputs)
     model = keras.Model(inputs, layers.BatchNormalization()(x))
@@ -380,7 +380,7 @@ class SpoilsZeros(layers.Layer):
 
 
 @pytest.mark.each_backend
-def test_a_nan_under_a_mask_does_not_calibrate(rng):
+def test_nan_under_a_mask_is_ignored_in_calibration(rng):
     inputs = keras.Input((None, 4))
     x = SpoilsZeros()(layers.Masking(-1.0)(inputs))  # what is masked becomes 0
     model = keras.Model(inputs, layers.BatchNormalization()(x))
@@ -392,7 +392,7 @@ def test_a_nan_under_a_mask_does_not_calibrate(rng):
 
 
 @pytest.mark.each_backend
-def test_a_channel_without_signal_stays_finite(rng):
+def test_channel_without_signal_stays_finite(rng):
     model = keras.Sequential([keras.Input((4, 4, 2)), layers.BatchNormalization()])
     model.layers[0].moving_variance.assign([0.0, 1.0])
     x = rng.normal(size=(8, 4, 4, 2)).astype("float32")
@@ -403,14 +403,14 @@ def test_a_channel_without_signal_stays_finite(rng):
         close(y[..., 0], np.zeros((8, 4, 4)), 1e-6)
 
 
-def test_a_compiled_functional_model_becomes_uncompiled():
+def test_converted_functional_model_is_uncompiled():
     model = _residual()
     model.compile("sgd", "mse")
     assert not _convert(model).compiled
 
 
 @pytest.mark.each_backend
-def test_frozen_layers_stay_frozen_and_compiled_models_become_uncompiled(rng):
+def test_frozen_layers_stay_frozen_and_the_result_is_uncompiled(rng):
     model = _nested()
     model.layers[0].trainable = False
     list(_all_layers(model))[3].trainable = True
@@ -423,7 +423,7 @@ def test_frozen_layers_stay_frozen_and_compiled_models_become_uncompiled(rng):
 
 
 @pytest.mark.each_backend
-def test_regularizers_constraints_and_dtype_pass_on():
+def test_regularizers_constraints_and_dtype_are_kept():
     bn = layers.BatchNormalization(
         gamma_regularizer="l2", beta_constraint="non_neg", dtype="mixed_float16", axis=1
     )
@@ -433,7 +433,7 @@ def test_regularizers_constraints_and_dtype_pass_on():
     assert (frn.compute_dtype, frn.axis) == ("float16", 1)
 
 
-def test_a_relu_after_a_nested_model_becomes_tlu(rng):
+def test_relu_after_a_nested_model_becomes_tlu(rng):
     def block(name):
         stack = [layers.Conv2D(4, 3, padding="same"), layers.BatchNormalization(name=name)]
         return keras.Sequential([keras.Input((6, 6, 4)), *stack])
@@ -449,7 +449,7 @@ def test_a_relu_after_a_nested_model_becomes_tlu(rng):
     close(_convert(model, epsilon_ratio=FIXED_SCALE)(x), model(x), ROUNDING)
 
 
-def test_layers_that_were_adapted_to_data_keep_it(rng):
+def test_adapted_layers_keep_their_statistics(rng):
     x = rng.normal(3.0, 2.0, size=(20, 6)).astype("float32")
     normalization = layers.Normalization()
     normalization.adapt(x)
@@ -458,7 +458,7 @@ def test_layers_that_were_adapted_to_data_keep_it(rng):
 
 
 @pytest.mark.each_backend
-def test_the_result_is_saved_and_loaded(rng, tmp_path):
+def test_converted_model_survives_save_and_load(rng, tmp_path):
     model = _trained(_residual(), rng)
     x = _input(model, rng)
     converted = _convert(model, x)
@@ -468,7 +468,7 @@ def test_the_result_is_saved_and_loaded(rng, tmp_path):
     json.loads(converted.to_json())
 
 
-def test_report_says_what_was_replaced_and_why(rng):
+def test_report_lists_replacements_and_reasons(rng):
     x = inputs = keras.Input((6, 4, 3))
     x = layers.Conv2D(3, 1, name="conv")(x)
     x = layers.ReLU(6.0, name="relu6")(layers.BatchNormalization(name="bn")(x))
@@ -494,7 +494,7 @@ def test_report_says_what_was_replaced_and_why(rng):
     assert rows["both"].reason == "other layers come before it too"
 
 
-def test_a_model_without_batch_normalization_is_copied_and_said_so():
+def test_model_without_batch_normalization_is_copied_with_a_warning():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     with pytest.warns(UserWarning, match="no BatchNormalization"):
         converted, report = _convert(model, return_report=True)
@@ -512,7 +512,7 @@ class _Subclassed(keras.Model):
         return self.bn(self.dense(inputs), training=training)
 
 
-def test_a_subclassed_model_is_refused_with_a_way_out(rng):
+def test_subclassed_model_is_refused_with_a_remedy(rng):
     model = _Subclassed()
     model(np.ones((1, 3), "float32"))
     with pytest.raises(
@@ -542,7 +542,7 @@ def test_arguments_are_checked(arguments, match):
         _convert(_dense(), **arguments)
 
 
-def test_an_unbuilt_model_is_refused():
+def test_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match=r"`model` must be built. Received: model='empty'"):
         _convert(keras.Sequential([layers.BatchNormalization()], name="empty"))
 
@@ -605,7 +605,7 @@ def _left_in(model):
 
 
 @pytest.mark.each_backend
-def test_layers_that_hold_others_are_opened(rng, tmp_path):
+def test_composite_layers_are_converted(rng, tmp_path):
     model = _train_inside(_blocks(None, None), rng)
     model.get_layer("block0").conv.trainable = False
     x = _input(model, rng, size=20)
@@ -629,7 +629,7 @@ def test_layers_that_hold_others_are_opened(rng, tmp_path):
         ("not symbolic", "cannot be traced"),
     ],
 )
-def test_layers_that_cannot_be_opened_are_named(kind, reason, rng):
+def test_composite_layers_that_cannot_be_converted_are_named(kind, reason, rng):
     model = _train_inside(_blocks(None, kind), rng)
     model.get_layer("block1").bn.trainable = False
     match = rf"`model` keeps 1 of 2 BatchNormalization layers.*: block1 \(1 .*{reason}"
@@ -645,7 +645,7 @@ class OwnNormalization(layers.BatchNormalization):
     pass
 
 
-def test_a_subclass_of_batch_normalization_is_named():
+def test_batch_normalization_subclass_is_named():
     stack = [keras.Input((4, 3)), OwnNormalization(name="own"), layers.BatchNormalization()]
     with pytest.warns(UserWarning, match=r"keeps 1 of 2 .*own \(not a plain Batch"):
         _convert(keras.Sequential(stack))
@@ -654,7 +654,7 @@ def test_a_subclass_of_batch_normalization_is_named():
 @pytest.mark.each_backend
 @pytest.mark.parametrize("is_calibrated", [False, True])
 @pytest.mark.parametrize("steps", [3, None])
-def test_what_is_applied_to_each_step_of_time_is_converted(steps, is_calibrated, rng, tmp_path):
+def test_time_distributed_layers_are_converted(steps, is_calibrated, rng, tmp_path):
     cnn = keras.Sequential(
         [
             keras.Input((6, 6, 3)),
@@ -705,7 +705,7 @@ class OfSizes(keras.Model):
         return {"size": self.size, "has_bn": self.has_bn, "name": self.name}
 
 
-def test_classes_of_models_stay_where_keras_keeps_them(rng):
+def test_model_classes_that_keras_can_rebuild_are_kept(rng):
     inputs = keras.Input((3,))
     inner = OwnStep(inputs, layers.BatchNormalization()(inputs), name="inner")
     model = OwnStep(inputs, inner(inputs))
@@ -713,7 +713,7 @@ def test_classes_of_models_stay_where_keras_keeps_them(rng):
     assert (type(converted), type(converted.get_layer("inner"))) == (OwnStep, OwnStep)
 
 
-def test_a_class_that_is_lost_is_named_and_what_does_not_change_is_kept(rng, tmp_path):
+def test_lost_model_class_is_named_and_unchanged_models_are_kept(rng, tmp_path):
     inputs = keras.Input((3,))
     same, changed = OfSizes(3, has_bn=False, name="same"), OfSizes(4, name="changed")
     model = _train_inside(keras.Model(inputs, changed(same(inputs))), rng)
@@ -730,7 +730,7 @@ def test_a_class_that_is_lost_is_named_and_what_does_not_change_is_kept(rng, tmp
 
 @pytest.mark.each_backend
 @pytest.mark.parametrize("relu", [keras.ops.relu, keras.activations.relu])
-def test_a_relu_that_is_an_operation_becomes_tlu(relu, rng, tmp_path):
+def test_relu_operation_becomes_tlu(relu, rng, tmp_path):
     inputs = keras.Input((5, 4))
     x = layers.BatchNormalization()(inputs)
     y = layers.BatchNormalization()(relu(x))
@@ -745,7 +745,7 @@ def test_a_relu_that_is_an_operation_becomes_tlu(relu, rng, tmp_path):
 
 
 @pytest.mark.each_backend
-def test_a_preprocessor_is_applied_to_the_data_and_named(rng):
+def test_preprocessor_is_applied_to_the_data_and_named(rng):
     model = _trained(_residual(), rng)
     model.preprocessor = lambda x: (x / 255, None)
     images = rng.integers(0, 256, size=(40, 8, 8, 3)).astype("float32")
@@ -756,7 +756,7 @@ def test_a_preprocessor_is_applied_to_the_data_and_named(rng):
         close(weight, expected, 1e-6)  # one rounding of the images
 
 
-def test_a_ratio_too_small_for_the_model_is_reported(rng):
+def test_ratio_too_small_for_the_model_is_reported(rng):
     stack = [layers.Dense(3), layers.BatchNormalization(), layers.Flatten()]
     model = keras.Sequential([keras.Input((8, 3)), *stack])
     # Samples of very different energy, which FRN brings to one.
@@ -767,7 +767,7 @@ def test_a_ratio_too_small_for_the_model_is_reported(rng):
     assert _report(model, calibration_data=data, epsilon_ratio=1e3).agreement > 0.999
 
 
-def test_the_ratio_counts_in_the_form_that_is_exported(rng):
+def test_exported_form_uses_the_ratio(rng):
     model = _trained(_residual(), rng)
     x = rng.normal(1.0, 2.0, size=(40, 8, 8, 3)).astype("float32")
     converted = _convert(model, x)

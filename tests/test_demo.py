@@ -7,7 +7,7 @@ pytest.importorskip("sklearn", reason="of the [demo] extra")
 pytest.importorskip("matplotlib", reason="of the [demo] extra")
 
 
-def test_a_short_demo(tmp_path, capsys):
+def test_short_demo_writes_every_file(tmp_path, capsys):
     rows = demo.run(tmp_path / "new" / "folder", epochs=3)
     expected = {"trained model", ".keras, reloaded"}
     if BACKEND == "tensorflow":
@@ -25,7 +25,7 @@ def test_a_short_demo(tmp_path, capsys):
     assert all(name in printed for name in expected)
 
 
-def test_a_folder_with_files_is_refused(tmp_path, capsys):
+def test_folder_with_files_is_refused(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert cli.main(["demo", "--output", str(tmp_path)]) == 2
     assert "new or empty folder" in capsys.readouterr().err
@@ -34,7 +34,7 @@ def test_a_folder_with_files_is_refused(tmp_path, capsys):
         demo.run(tmp_path / "mine.txt")
 
 
-def test_digits_are_held_out():
+def test_held_out_digits_are_not_trained_on():
     x, y, x_test, y_test = demo.digits()
     assert (len(x), len(x_test)) == (1437, 360)
     assert x.shape[1:] == x_test.shape[1:] == (8, 8, 1)

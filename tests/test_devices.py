@@ -48,7 +48,7 @@ def free_ports(count):
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's strategies")
-def test_mirrored_strategy():
+def test_mirrored_strategy_equals_one_device():
     """`fit` and a loop of one's own on two devices equal `fit` on one."""
     (result,) = run("devices_tensorflow.py", ("mirrored",))
     assert result["moved"] > LEARNED
@@ -58,7 +58,7 @@ def test_mirrored_strategy():
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's strategies")
-def test_multi_worker_mirrored_strategy():
+def test_multi_worker_mirrored_strategy_equals_one_device():
     """A loop of one's own in two processes equals `fit` in one. What `fit` does with Keras' own
     GroupNormalization it does with this layer (Keras 3.15.1: ValueError, "PerReplica")."""
     ports = free_ports(2)
@@ -70,7 +70,7 @@ def test_multi_worker_mirrored_strategy():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of PyTorch's data parallelism")
-def test_distributed_data_parallel():
+def test_distributed_data_parallel_equals_one_device():
     """Steps in two processes equal those in one; only gradients are sent, no buffers."""
     port = free_ports(1)[0]
     for result in run("devices_torch.py", (0, port), (1, port)):
@@ -82,7 +82,7 @@ def test_distributed_data_parallel():
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="of Keras' distributions on JAX")
-def test_keras_distributions_and_a_split_volume():
+def test_keras_distributions_equal_one_device():
     (result,) = run("devices_jax.py")
     assert result["moved"] > LEARNED
     for name, gamma in (("data", "P(None,)"), ("model", "P('model',)")):
@@ -108,7 +108,7 @@ def test_keras_distributions_and_a_split_volume():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="of JAX's sharding")
-def test_what_devices_send_to_each_other():
+def test_collectives_are_only_those_expected():
     """Nothing in a batch that is divided; one sum of (batch, channels) in divided positions."""
     (records,) = run("collectives.py")
     assert {r["divided"] for r in records} == {"batch", "height", "height and width"}

@@ -124,7 +124,7 @@ def _quick_compilation():
     # The layers on every backend; the tools have tests of their own there.
     [pytest.param(p, marks=[pytest.mark.once] * (p != "docs/layers.md")) for p in PAGES],
 )
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_page_code_runs(page, tmp_path, monkeypatch):
     if page.removesuffix(".md") in OF_TENSORFLOW and BACKEND != "tensorflow":
         pytest.skip("it exports with TensorFlow")
     monkeypatch.chdir(tmp_path)
@@ -143,7 +143,7 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("block", PROGRAMS)
-def test_programs_in_guides(block, tmp_path):
+def test_guide_programs_run(block, tmp_path):
     (tmp_path / "program.py").write_text(block)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
@@ -158,7 +158,7 @@ def test_programs_in_guides(block, tmp_path):
 
 
 @pytest.mark.once
-def test_the_script_draws_every_picture(tmp_path):
+def test_figure_script_draws_every_picture(tmp_path):
     script = ROOT / "docs" / "figures.py"
     subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
     pictures = {path.name for path in (ROOT / "docs" / "images").glob("*.svg")}
@@ -169,7 +169,7 @@ def test_the_script_draws_every_picture(tmp_path):
 @pytest.mark.parametrize(
     "page", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")}), ids=lambda p: p.name
 )
-def test_links_and_pictures_are_there(page):
+def test_links_and_pictures_exist(page):
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), target
 
@@ -185,7 +185,7 @@ def _messages():
                 yield node.value
 
 
-def test_troubleshooting_quotes_the_package():
+def test_troubleshooting_quotes_the_messages_of_the_package():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     export = (ROOT / "docs" / "export.md").read_text()
     table = export.partition("## If the report warns")[2].partition("##")[0]
@@ -206,7 +206,7 @@ def test_troubleshooting_quotes_the_package():
         assert any(all(piece in text for piece in pieces) for text in texts), quote
 
 
-def test_the_page_of_the_command_line_has_every_option():
+def test_command_line_page_has_every_option():
     page = (ROOT / "docs" / "reference" / "cli.md").read_text()
     _, *sections = re.split(r"^## `keras-frn (\w+)`$", page, flags=re.MULTILINE)
     documented = {

@@ -84,7 +84,7 @@ CHECKS = {
 # jax-privacy's own.
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_an_example_runs(check):
+def test_example_runs(check):
     if BACKEND not in CHECKS[check]:
         pytest.skip(f"runs on {', '.join(CHECKS[check])}")
     check()

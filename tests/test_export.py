@@ -28,7 +28,7 @@ pytest.importorskip("ai_edge_litert")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
+def test_file_outputs_equal_model_outputs(preset, tmp_path, rng):
     model, x = small_model(), images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
     expected = model.predict(x, verbose=0)
@@ -46,7 +46,7 @@ def test_the_file_computes_what_the_model_computes(preset, tmp_path, rng):
 
 
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
-def test_float_files_are_one_partition_of_eight_operators_per_frn_and_tlu(preset, tmp_path, rng):
+def test_float_file_has_one_partition_and_eight_operators_per_frn_tlu(preset, tmp_path, rng):
     report = export_tflite(
         small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 16)
     )
@@ -58,7 +58,7 @@ def test_float_files_are_one_partition_of_eight_operators_per_frn_and_tlu(preset
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
-def test_blank_faint_and_saturated_inputs_give_outputs_in_the_range_seen(preset, tmp_path, rng):
+def test_extreme_inputs_stay_in_the_calibrated_range(preset, tmp_path, rng):
     x = images(rng)
     model = small_model()
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
@@ -77,7 +77,7 @@ def test_blank_faint_and_saturated_inputs_give_outputs_in_the_range_seen(preset,
 
 
 @pytest.mark.parametrize("preset", [None, "int8"])
-def test_several_inputs_and_named_outputs(preset, tmp_path, rng):
+def test_multiple_inputs_and_named_outputs(preset, tmp_path, rng):
     image, extra = keras.Input((8, 8, 3), name="z_image"), keras.Input((4,), name="a_extra")
     x = layers.GlobalAveragePooling2D()(frn_tlu_layer()(layers.Conv2D(6, 3)(image)))
     x = layers.Concatenate()([x, extra])
@@ -105,7 +105,7 @@ class Subclassed(keras.Model):
         return self.pooling(self.normalization(self.convolution(inputs)))
 
 
-def test_a_subclassed_model_is_taken_as_it_is(tmp_path, rng):
+def test_subclassed_model_is_exported_without_changes(tmp_path, rng):
     x, model = images(rng, 20), Subclassed()
     model(x)
     with pytest.warns(UserWarning, match="nothing is quantized: .* as a float32 file"):
@@ -160,7 +160,7 @@ def test_errors(name, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
+def test_file_refused_by_the_runtime_is_not_written(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise LiteRTError("XNNPACK takes no output that is so much smaller than its products")
 
@@ -171,7 +171,7 @@ def test_a_file_that_the_runtime_refuses_is_not_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["temporary folder", "file"])
-def test_a_disk_that_cannot_be_written_is_an_os_error(what, tmp_path, monkeypatch):
+def test_unwritable_disk_raises_os_error(what, tmp_path, monkeypatch):
     """The temporary folder is absent or full, or the disk becomes full with the file."""
     (tmp_path / "m.tflite").write_bytes(b"before")
     if what == "file":
@@ -185,7 +185,7 @@ def test_a_disk_that_cannot_be_written_is_an_os_error(what, tmp_path, monkeypatc
     assert (tmp_path / "m.tflite").read_bytes() == b"before"
 
 
-def test_a_full_disk_that_tensorflow_meets_is_an_os_error(tmp_path, monkeypatch):
+def test_full_disk_inside_tensorflow_raises_os_error(tmp_path, monkeypatch):
     import tensorflow as tf
     import tensorflow.saved_model as saved_model  # which Keras imports so, in place of the other
 
@@ -224,7 +224,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_refusal_is_a_sentence_with_the_operators_name(name, tmp_path, rng):
+def test_refused_operator_is_named_in_a_short_error(name, tmp_path, rng):
     function, preset, message = REFUSED[name]
     inputs = keras.Input((8, 8, 3))
     model, path = keras.Model(inputs, function(inputs)), tmp_path / "m.tflite"
@@ -238,7 +238,7 @@ def test_a_refusal_is_a_sentence_with_the_operators_name(name, tmp_path, rng):
     assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
 
 
-def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
+def test_model_compiled_with_a_custom_loss_is_exported(tmp_path, rng):
     model = small_model()
     model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))
     weights = [w.numpy() for w in model.weights]
@@ -250,7 +250,7 @@ def test_the_model_need_not_restore_what_it_was_compiled_with(tmp_path, rng):
     assert model.get_layer("first").epsilon == 1e-6
 
 
-def test_the_report_says_what_the_file_is(tmp_path, rng, capsys):
+def test_report_describes_the_file(tmp_path, rng, capsys):
     """In shares of the range, with the limit beside each, and what stayed in float."""
     inputs = keras.Input((12, 12, 3))
     x = layers.Activation("elu")(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
@@ -273,7 +273,7 @@ def test_the_report_says_what_the_file_is(tmp_path, rng, capsys):
 
 
 @pytest.mark.parametrize("accelerator", ["ethos-u55-128", "ethos-u85-256"])
-def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
+def test_npu_runs_every_operator(accelerator, tmp_path, rng):
     pytest.importorskip("ethosu")
     # Samples of different scale, so that the form with two normalizations is among them.
     x = images(rng) * (10 ** rng.uniform(-1, 0, (64, 1, 1, 1))).astype("float32")
@@ -299,7 +299,7 @@ def test_an_npu_takes_every_operator(accelerator, tmp_path, rng):
     assert re.search(r"NPU operators = [1-9]\d* \(100.0%\)", done.stdout)
 
 
-def test_data_that_show_nothing_are_warned_of(tmp_path, rng):
+def test_useless_calibration_data_warns(tmp_path, rng):
     x = images(rng)
     for data, message in ((0 * x, "hardly varies"), (x[:1], "1 different samples")):
         with pytest.warns(UserWarning, match=message):

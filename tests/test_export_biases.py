@@ -20,7 +20,7 @@ FOLLOWING = {
 
 @pytest.mark.parametrize("kind", FOLLOWING)
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
-def test_the_rounding_of_tau_does_not_shift_the_next_layer(preset, kind, tmp_path, rng):
+def test_biases_compensate_the_rounding_of_tau(preset, kind, tmp_path, rng):
     """A third to four fifths of the positions of a channel are at tau, and rounded alike."""
     keras.utils.set_random_seed(0)
     model, x = stack(frn_tlu_layer(), FOLLOWING[kind]()), images(rng, 256)

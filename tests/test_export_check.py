@@ -24,7 +24,7 @@ class Elsewhere(layers.Layer):
         return inputs if tf.executing_eagerly() else inputs + 0.01
 
 
-def test_a_float_file_of_something_else_is_refused_with_the_layer(tmp_path):
+def test_wrong_float_file_is_refused_and_the_layer_named(tmp_path):
     after = [layers.Conv2D(4, 3), Elsewhere(name="elsewhere"), layers.GlobalAveragePooling2D()]
     model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3), frn(), *after])
     with pytest.raises(ValueError, match=r"computes the same.*The first layer to differ is else"):
@@ -32,7 +32,7 @@ def test_a_float_file_of_something_else_is_refused_with_the_layer(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_layer_is_found_where_branches_are_beside_it(tmp_path):
+def test_wrong_layer_is_found_between_parallel_branches(tmp_path):
     """Half of the layers in the order of the model does not end in one tensor."""
     inputs = keras.Input((12, 12, 3))
     plain = wrong = inputs
@@ -44,7 +44,7 @@ def test_the_layer_is_found_where_branches_are_beside_it(tmp_path):
         export_tflite(model, tmp_path / "m.tflite")
 
 
-def test_outputs_beyond_the_bound_are_warned_of(tmp_path, rng):
+def test_error_beyond_the_limit_warns(tmp_path, rng):
     model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(6, 3), frn(), Elsewhere()])
     with pytest.warns(UserWarning, match=r"differ .* by up to .*float16 should stay within 0.01"):
         report = export_tflite(
@@ -57,7 +57,7 @@ def test_outputs_beyond_the_bound_are_warned_of(tmp_path, rng):
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
-def test_a_model_that_amplifies_roundings_is_exported_with_a_warning(tmp_path, rng):
+def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
     """At one position and without a learned epsilon a normalization is the sign of its input."""
     blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
     model = keras.Sequential([keras.Input((16,)), *blocks])
@@ -71,7 +71,7 @@ def test_a_model_that_amplifies_roundings_is_exported_with_a_warning(tmp_path, r
     assert report.max_error > 1e-4
 
 
-def test_not_a_number_in_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
+def test_nan_from_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
     monkeypatch.setattr(
         "keras_frn.export.LiteRT.__call__", lambda self, x: [np.full((len(x), 5), np.nan, "f4")]
     )

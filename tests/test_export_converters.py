@@ -24,7 +24,7 @@ pytestmark = exports
 pytest.importorskip("ai_edge_litert")
 
 
-def test_every_tensor_of_an_int8_file_with_integer_io_is_an_integer(tmp_path, rng):
+def test_int8_file_with_integer_io_has_only_integer_tensors(tmp_path, rng):
     x = images(rng)
     model = small_model()
     report = export_tflite(
@@ -39,7 +39,7 @@ def test_every_tensor_of_an_int8_file_with_integer_io_is_an_integer(tmp_path, rn
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
-def test_each_channel_of_a_convolution_has_its_own_scale(preset, tmp_path, rng):
+def test_convolution_weights_have_a_scale_per_channel(preset, tmp_path, rng):
     report = export_tflite(
         small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 16)
     )
@@ -53,7 +53,7 @@ def test_each_channel_of_a_convolution_has_its_own_scale(preset, tmp_path, rng):
 
 
 @pytest.mark.filterwarnings("ignore:the outputs differ from the model")  # an outlier of 100 times
-def test_rare_values_saturate_before_a_normalization(tmp_path, rng):
+def test_rare_values_before_a_normalization_saturate(tmp_path, rng):
     """One position in 36,864 has 100 times the scale of the others, and they keep their steps."""
     model, x = small_model(), images(rng, 256)
     outlier = x.copy()
@@ -78,7 +78,7 @@ def test_rare_values_saturate_before_a_normalization(tmp_path, rng):
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
-def test_rare_peaks_of_an_output_are_kept(preset, tmp_path, rng):
+def test_rare_output_peaks_are_kept(preset, tmp_path, rng):
     """A detector's map, of a few values that stand out. Saturated like those before a
     normalization, the largest would be 0.77 of what it is."""
     inputs = keras.Input((12, 12, 3))
@@ -95,7 +95,7 @@ def test_rare_peaks_of_an_output_are_kept(preset, tmp_path, rng):
     assert actual.max() > 0.85 * model.predict(x, verbose=0).max()
 
 
-def test_a_layer_without_an_integer_form_in_the_quantizer_goes_to_the_converter(tmp_path, rng):
+def test_layer_unknown_to_the_quantizer_falls_back_to_the_converter(tmp_path, rng):
     model = keras.Sequential([keras.Input((12, 12, 3)), frn_tlu_layer(), layers.LeakyReLU()])
     report = export_tflite(
         model,
@@ -112,7 +112,7 @@ def test_a_layer_without_an_integer_form_in_the_quantizer_goes_to_the_converter(
 @pytest.mark.parametrize(
     ("preset", "dtype"), [("int16x8", np.int16), ("int8_float_statistics", np.int8)]
 )
-def test_integer_io(preset, dtype, tmp_path, rng):
+def test_integer_io_sets_the_input_and_output_types(preset, dtype, tmp_path, rng):
     report = export_tflite(
         small_model(),
         tmp_path / "m.tflite",
@@ -137,9 +137,7 @@ def traced_as_in_training():
 # Unequalized, behind a BatchNormalization, 8 bits leave 0.15 here.
 @pytest.mark.filterwarnings("ignore:the outputs differ")  # of int8, beyond half of its bound
 @pytest.mark.parametrize(("preset", "tolerance"), [(None, FLOAT), ("int8", 0.2)])
-def test_the_file_computes_inference_where_layers_differ_in_training(
-    preset, tolerance, tmp_path, rng
-):
+def test_file_uses_the_inference_behavior_of_layers(preset, tolerance, tmp_path, rng):
     model = keras.Sequential(
         [
             keras.Input((12, 12, 3)),
@@ -170,7 +168,7 @@ def test_recurrent_layers_convert_with_a_fixed_batch(layer_class, tmp_path):
     assert report.max_error < FLOAT
 
 
-def test_the_advice_for_recurrent_layers_is_true(tmp_path, rng):
+def test_advice_for_recurrent_layers_works(tmp_path, rng):
     x, path = images(rng, 16, (5, 4)), tmp_path / "m.tflite"
     with pytest.raises(ValueError, match=r"fixed batch, such as .*shape=\(1, 5, 4\)"):
         export_tflite(recurrent(layers.GRU), path, quantization=None, calibration_data=x)
@@ -201,7 +199,7 @@ def volumes(x):
     "preset",
     [None, "dynamic", "int8", "int16x8", *slow_cases("float16", "int8_float_statistics")],
 )
-def test_volumes_are_quantized(preset, tmp_path, rng):
+def test_3d_model_is_quantized(preset, tmp_path, rng):
     inputs = keras.Input((8, 8, 8, 2))
     model, x = keras.Model(inputs, volumes(inputs)), images(rng, 32, (8, 8, 8, 2))
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
@@ -225,7 +223,7 @@ def test_volumes_are_quantized(preset, tmp_path, rng):
         (1, 3, 1),  # TensorFlow's padding is negative here
     ],
 )
-def test_a_3d_convolution_is_the_same_in_2d(layer, padding, size, strides, dilation, rng):
+def test_3d_convolution_equals_its_2d_form(layer, padding, size, strides, dilation, rng):
     if layer is layers.Conv3DTranspose and dilation > 1:
         pytest.skip("TensorFlow does not have it")
     original = layer(6, size, strides, padding, dilation_rate=dilation, use_bias=dilation == 1)
@@ -240,7 +238,7 @@ def test_a_3d_convolution_is_the_same_in_2d(layer, padding, size, strides, dilat
 @pytest.mark.parametrize("layer", [layers.MaxPooling3D, layers.AveragePooling3D])
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize(("size", "strides"), [(2, 2), ((3, 2, 1), (2, 1, 1)), (1, 3)])
-def test_3d_pooling_is_the_same_in_2d(layer, padding, size, strides, rng):
+def test_3d_pooling_equals_its_2d_form(layer, padding, size, strides, rng):
     original, x = layer(size, strides, padding), images(rng, 2, (9, 8, 7, 2))
     close(REPLACED[layer].from_config(original.get_config())(x), original(x), FLOAT)
 
@@ -272,7 +270,7 @@ def repeat(x):
         ),
     ],
 )
-def test_outputs_may_be_read_inside_and_be_one_tensor(build, preset, integer_io, tmp_path, rng):
+def test_outputs_that_are_shared_or_used_inside(build, preset, integer_io, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
     model, x = keras.Model(inputs, build(inputs)), images(rng, 32)
     report = export_tflite(
@@ -288,7 +286,7 @@ def test_outputs_may_be_read_inside_and_be_one_tensor(build, preset, integer_io,
     assert not report.in_float
 
 
-def test_integers_at_the_ends_need_integers_between(tmp_path, rng):
+def test_integer_io_refuses_float_operators_between(tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
     model = keras.Model(inputs, -layers.Conv2D(6, 3)(inputs))
     with pytest.raises(ValueError, match=r"`integer_io` must be False .*1 NEG in float"):
@@ -302,7 +300,7 @@ def test_integers_at_the_ends_need_integers_between(tmp_path, rng):
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_stay_in_float_are_named(tmp_path, rng):
+def test_weights_left_in_float_are_named(tmp_path, rng):
     """Of unknown sizes a convolution in 3D is none in 2D."""
     inputs = keras.Input((None, None, None, 2))
     x = layers.Conv3D(32, 3)(inputs)
@@ -312,7 +310,7 @@ def test_weights_that_stay_in_float_are_named(tmp_path, rng):
     assert set(report.in_float) == {"CONV_3D"}
 
 
-def test_a_grouped_3d_convolution_is_one_in_2d(rng):
+def test_grouped_3d_convolution_equals_its_2d_form(rng):
     original, x = layers.Conv3D(8, 3, groups=2, padding="same"), images(rng, 2, (6, 5, 4, 4))
     expected = original(x)
     copy = REPLACED[layers.Conv3D].from_config(original.get_config())
@@ -322,7 +320,7 @@ def test_a_grouped_3d_convolution_is_one_in_2d(rng):
 
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
-def test_a_filter_that_is_tiny_beside_its_bias_keeps_it(preset, tmp_path, rng):
+def test_tiny_filter_keeps_its_large_bias(preset, tmp_path, rng):
     """A bias has the steps of its filter, and 32 bits of them."""
     kernels = [layers.Conv2D(8, 3), layers.Conv2D(16, 3)]
     after = [layers.GlobalAveragePooling2D(), layers.Dense(5)]

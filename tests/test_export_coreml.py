@@ -38,7 +38,7 @@ def trace(model):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="traces PyTorch")
-def test_a_trace_has_the_maximum_of_two_tensors():
+def test_trace_uses_the_maximum_of_two_tensors():
     """`clamp` with a tensor as its bound is refused by coremltools."""
     graph = str(trace(model_with_gates()).inlined_graph)
     assert graph.count("aten::maximum") == 2

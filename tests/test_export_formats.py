@@ -50,7 +50,7 @@ def check(model, predict, shape, rng):
 
 @JIT
 @SIZES
-def test_saved_model(shape, jit_compile, rng, tmp_path):
+def test_saved_model_equals_the_model(shape, jit_compile, rng, tmp_path):
     import tensorflow as tf
 
     model = make(shape, jit_compile, rng)
@@ -61,7 +61,7 @@ def test_saved_model(shape, jit_compile, rng, tmp_path):
 
 @JIT
 @SIZES
-def test_litert_with_built_in_operators(shape, jit_compile, rng, tmp_path):
+def test_litert_file_has_built_in_operators_only(shape, jit_compile, rng, tmp_path):
     model = make(shape, jit_compile, rng)
     path = str(tmp_path / "model.tflite")
     model.export(path, format="litert", verbose=False)
@@ -78,7 +78,7 @@ def test_litert_with_built_in_operators(shape, jit_compile, rng, tmp_path):
 @pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")
 @JIT
 @SIZES
-def test_onnx(shape, jit_compile, rng, tmp_path):
+def test_onnx_equals_the_model(shape, jit_compile, rng, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="of the [onnx] extra")
     pytest.importorskip("tf2onnx", reason="of the [onnx] extra")
     model = make(shape, jit_compile, rng)

@@ -91,7 +91,7 @@ SCALABLE = {
 
 
 @pytest.mark.parametrize("name", SCALABLE)
-def test_equalization_changes_scales_and_not_the_function(name, rng):
+def test_equalization_changes_scales_but_not_outputs(name, rng):
     model = shuffled_weights(SCALABLE[name])
     # Scales from 0.01 to 1, and a channel so small that epsilon is not.
     for weight in model.weights:
@@ -119,7 +119,7 @@ def test_equalization_changes_scales_and_not_the_function(name, rng):
         np.testing.assert_array_equal(old, weight.numpy())
 
 
-def test_a_nested_model_that_is_called_twice_stays_closed(rng):
+def test_nested_model_called_twice_is_not_equalized(rng):
     """What feeds one of its calls may not be scaled alone."""
     inner = keras.Sequential([keras.Input((8, 8, 6)), frn(name="inner"), layers.Conv2D(4, 1)])
     inputs = keras.Input((10, 10, 4))
@@ -170,7 +170,7 @@ UNSCALABLE = {
 
 
 @pytest.mark.parametrize("name", UNSCALABLE)
-def test_what_cannot_be_scaled_is_left_with_a_reason(name, rng):
+def test_unscalable_layers_are_skipped_with_a_reason(name, rng):
     model, layer, reason = UNSCALABLE[name]
     shuffled_weights(model)
     x = images(rng, 16, model.input_shape[1:])
@@ -262,7 +262,7 @@ def test_max_pooling_stays_if_its_input_has_other_consumers(tmp_path, rng):
 @pytest.mark.parametrize(
     "layer", [layers.Flatten(), layers.Reshape((-1,))], ids=["Flatten", "Reshape"]
 )
-def test_reshaping_to_known_sizes_is_one_operator(layer, tmp_path, rng):
+def test_reshape_to_known_sizes_is_one_operator(layer, tmp_path, rng):
     after = [layer, layers.Dense(3)]
     model = shuffled_weights(stack(frn_tlu_layer(), layers.MaxPooling2D(2), *after))
     report = export_tflite(
@@ -279,7 +279,7 @@ def test_reshaping_to_known_sizes_is_one_operator(layer, tmp_path, rng):
 # An epsilon is dropped where it is below half a step of an 8-bit mean square: the smallest mean
 # square here is 1e-2, so that 1e-5 shows as 5e-4.
 @pytest.mark.parametrize(("epsilon", "tolerance"), [(1e-5, 2e-3), (3e-3, FLOAT)])
-def test_the_integer_form_equals_the_formula_where_integers_resolve_it(epsilon, tolerance, rng):
+def test_integer_form_equals_the_formula_within_integer_resolution(epsilon, tolerance, rng):
     channels = 6
     layer = frn_tlu_layer(name="frn", epsilon=epsilon)
     model = shuffled_weights(keras.Sequential([keras.Input((9, 9, channels)), layer]))
@@ -296,7 +296,7 @@ def test_the_integer_form_equals_the_formula_where_integers_resolve_it(epsilon, 
 
 
 @pytest.mark.parametrize("layer", [layers.ReLU(6.0), layers.Activation("relu6")])
-def test_relu6_of_its_own_is_two_subtractions_in_integers(layer, tmp_path, rng):
+def test_relu6_layer_becomes_two_integer_subtractions(layer, tmp_path, rng):
     """TensorFlow Lite Micro computes RELU6 in the scale of its input."""
     after = [layer.__class__.from_config(layer.get_config()), layers.Conv2D(4, 1)]
     model = shuffled_weights(stack(frn_tlu_layer(), *after, layers.ReLU(6.0)))
@@ -309,7 +309,7 @@ def test_relu6_of_its_own_is_two_subtractions_in_integers(layer, tmp_path, rng):
     assert export_tflite(model, tmp_path / "m.tflite").operators["RELU6"] == 1
 
 
-def test_a_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
+def test_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
     with_policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -329,7 +329,7 @@ def test_a_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
     assert model.compute_dtype == "float16"
 
 
-def test_layers_with_state_calls_with_arguments_and_layers_without_a_config(tmp_path, rng):
+def test_stateful_layers_call_arguments_and_lambdas_are_exported(tmp_path, rng):
     x = images(rng, 16) * 3 + 5
     normalization = layers.Normalization()
     normalization.adapt(x)
@@ -342,7 +342,7 @@ def test_layers_with_state_calls_with_arguments_and_layers_without_a_config(tmp_
     assert report.max_error < 1e-4  # of outputs of about 10
 
 
-def test_samples_that_differ_in_scale_keep_their_outputs_in_int8(tmp_path, rng):
+def test_int8_is_accurate_for_samples_of_different_scales(tmp_path, rng):
     """Without equalization and two normalizations the error here is 1.3 of the largest output."""
     model = small_model()
     x = images(rng, 256) * (10 ** rng.uniform(-1, 0, (256, 1, 1, 1))).astype("float32")
@@ -359,7 +359,7 @@ def test_samples_that_differ_in_scale_keep_their_outputs_in_int8(tmp_path, rng):
 @pytest.mark.parametrize(
     ("preset", "scale", "tolerance"), [("int8", 1 / 12, 0.1), ("int16x8", 1 / 60, 0.03)]
 )
-def test_few_weak_samples_keep_their_outputs(preset, scale, tolerance, tmp_path, rng):
+def test_rare_weak_samples_are_accurate(preset, scale, tolerance, tmp_path, rng):
     model, x = small_model(), images(rng, 256)
     x[::20] *= scale
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
@@ -396,7 +396,7 @@ class Forgetful(layers.Layer):
         return {k: v for k, v in super().get_config().items() if k != "hidden"}
 
 
-def test_a_layer_whose_config_makes_other_weights_stays(tmp_path, rng):
+def test_layer_whose_config_changes_its_weights_is_not_copied(tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
     x = frn_tlu_layer()(Forgetful(5, name="own")(layers.Conv2D(48, 3)(inputs)))
     model, x = shuffled_weights(keras.Model(inputs, x)), images(rng)
@@ -405,7 +405,7 @@ def test_a_layer_whose_config_makes_other_weights_stays(tmp_path, rng):
 
 
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic", "int8"])
-def test_a_layer_that_its_config_does_not_make_again_stays(preset, tmp_path, rng):
+def test_layer_that_its_config_cannot_rebuild_is_not_copied(preset, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
     x = Undescribed(4, name="own")(layers.Conv2D(48, 3)(inputs))
     x = layers.Conv2D(6, 3)(frn_tlu_layer(name="after")(x))
@@ -419,7 +419,7 @@ def test_a_layer_that_its_config_does_not_make_again_stays(preset, tmp_path, rng
     assert len(model.get_layer("own")._inbound_nodes) == 1, "the model stays as it was"
 
 
-def test_a_layer_in_half_precision_must_be_made_again(tmp_path):
+def test_half_precision_layer_that_cannot_be_rebuilt_is_refused(tmp_path):
     inputs = keras.Input((12, 12, 3))
     model = keras.Model(inputs, Undescribed(4, name="own", dtype="mixed_float16")(inputs))
     with pytest.raises(ValueError, match=r"`model` must have .*own in float16.*float32"):
@@ -473,7 +473,7 @@ def run_in_half(file, x):
 
 @pytest.mark.parametrize("preset", [None, "float16"])
 @pytest.mark.parametrize(("size", "largest"), [(32, 255), (256, 255), (256, 1)])
-def test_an_equalized_file_is_right_in_half_precision(preset, size, largest, tmp_path, rng):
+def test_equalized_file_is_accurate_in_half_precision(preset, size, largest, tmp_path, rng):
     """Sums included. With inputs to 255 and without equalization the error is 0.99."""
     inputs = keras.Input((size + 2, size + 2, 3))
     model = keras.Model(inputs, frn_tlu_layer()(layers.Conv2D(8, 3)(inputs)))

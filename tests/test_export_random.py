@@ -15,7 +15,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("seed", [0, 1, *slow_cases(*range(2, 6))])
-def test_no_file_is_wrong_without_a_word(seed, monkeypatch):
+def test_random_models_have_no_silent_errors(seed, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import export_fuzz
 

@@ -35,7 +35,7 @@ def plain(tmp_path_factory):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None, database=None)
-def test_any_data_have_finite_ranges(plain, offset, scale, count, seed):
+def test_ranges_of_any_data_are_finite(plain, offset, scale, count, seed):
     """Constant ones, those below the normal numbers, and those whose squares overflow, too."""
     x = np.random.default_rng(seed).normal(
         size=(count, *images(np.random.default_rng(0)).shape[1:])
@@ -52,7 +52,7 @@ def test_any_data_have_finite_ranges(plain, offset, scale, count, seed):
 
 @pytest.mark.filterwarnings("ignore:.*(hardly varies|different samples)")
 @pytest.mark.parametrize("value", [1.0, 1e-42])
-def test_constant_data_give_a_file(value, tmp_path, rng):
+def test_constant_data_are_exported(value, tmp_path, rng):
     x = np.full_like(images(rng), value)
     report = export_tflite(
         small_model(), tmp_path / "m.tflite", quantization="int8", calibration_data=x
@@ -60,6 +60,6 @@ def test_constant_data_give_a_file(value, tmp_path, rng):
     assert report.max_error_fraction < 0.1, "of 8 bits in each layer"
 
 
-def test_squares_that_overflow_are_named(tmp_path, rng):
+def test_overflowing_squares_are_named(tmp_path, rng):
     with pytest.raises(ValueError, match="`calibration_data` must have finite squares in every"):
         export_tflite(small_model(), tmp_path / "m.tflite", calibration_data=1e25 * images(rng))

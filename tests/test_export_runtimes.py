@@ -46,7 +46,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
-def test_a_reloaded_saved_model_is_differentiable_and_has_a_serving_signature(tmp_path):
+def test_reloaded_saved_model_has_gradients_and_a_serving_signature(tmp_path):
     import tensorflow as tf
 
     model = make((None, None, 3))
@@ -71,7 +71,7 @@ def test_a_reloaded_saved_model_is_differentiable_and_has_a_serving_signature(tm
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
 @pytest.mark.skipif(sys.platform != "linux", reason="the library has other names elsewhere")
 @pytest.mark.parametrize("unknown", [False, True])
-def test_tensorflows_c_api(unknown, tmp_path):
+def test_tensorflow_c_api(unknown, tmp_path):
     import tensorflow_c
 
     model = make((None, None, 3) if unknown else (9, 9, 3))
@@ -115,7 +115,7 @@ def test_openvino_from_pytorch(tmp_path):
 @pytest.mark.filterwarnings("ignore:The `native_serialization` parameter is deprecated")
 @pytest.mark.parametrize("unknown", [False, True])
 @pytest.mark.parametrize("format_", ["tf_saved_model", "onnx"])
-def test_exports_of_the_jax_backend(format_, unknown, tmp_path):
+def test_jax_exports(format_, unknown, tmp_path):
     if unknown and format_ != "onnx":  # JAX does not write such convolutions of unknown height
         model = keras.Sequential(
             [
@@ -231,7 +231,7 @@ def test_each_preset_in_litert_and_tflite_micro(preset, tmp_path):
 
 
 @on_tensorflow
-def test_tflite_micro_finds_the_weights_of_a_large_file(tmp_path):
+def test_tflite_micro_reads_the_weights_of_a_large_file(tmp_path):
     """ai-edge-quantizer puts them behind the FlatBuffer if they have more than 256 kB."""
     micro = pytest.importorskip("tflite_micro").runtime.Interpreter
     rng = np.random.default_rng(0)
@@ -282,7 +282,7 @@ def test_each_preset_in_vela(preset, integer_io, tmp_path):
 @on_tensorflow
 # tf2onnx asks NumPy 2 for names that it has given up.
 @pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")
-def test_static_int8_of_onnxruntime_needs_the_list_of_products(tmp_path):
+def test_onnxruntime_static_int8_needs_the_list_of_products(tmp_path):
     """By its defaults it quantizes the mean squares, too, which spread channels do not survive."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="of the [onnx] extra")
     pytest.importorskip("tf2onnx", reason="of the [onnx] extra")

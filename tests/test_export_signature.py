@@ -22,7 +22,7 @@ pytestmark = exports
 pytest.importorskip("ai_edge_litert")
 
 
-def test_unknown_sizes(tmp_path, rng):
+def test_unknown_sizes_stay_dynamic(tmp_path, rng):
     model = shuffled_weights(
         keras.Sequential(
             [
@@ -54,7 +54,7 @@ def test_unknown_sizes(tmp_path, rng):
     assert "takes the size of the calibration data only, (9, 9, 3)" in str(report)
 
 
-def test_a_fixed_batch_size(tmp_path, rng):
+def test_batch_size_is_fixed_by_the_signature(tmp_path, rng):
     model, x = small_model(batch_size=4), images(rng, 30)
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     assert report.max_error < FLOAT
@@ -62,7 +62,7 @@ def test_a_fixed_batch_size(tmp_path, rng):
 
 
 @pytest.mark.parametrize("preset", [None, "int8", "int8_float_statistics", "int16x8"])
-def test_a_signature_fixes_the_sizes_throughout(preset, tmp_path, rng):
+def test_signature_fixes_all_sizes(preset, tmp_path, rng):
     import tensorflow as tf
 
     model = shuffled_weights(
@@ -99,7 +99,7 @@ def test_a_signature_fixes_the_sizes_throughout(preset, tmp_path, rng):
         )
 
 
-def test_a_fixed_batch_of_the_model_is_in_the_file(tmp_path, rng):
+def test_fixed_batch_of_the_model_is_kept(tmp_path, rng):
     report = export_tflite(
         small_model(batch_size=1),
         tmp_path / "m.tflite",
@@ -121,12 +121,12 @@ SIGNATURES = {
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_that_do_not_fit_are_refused(name, tmp_path):
+def test_wrong_signatures_are_refused(name, tmp_path):
     with pytest.raises(ValueError, match=r"`input_signature` must .*'float32', \(None, 12, 12, 3"):
         export_tflite(small_model(), tmp_path / "m.tflite", input_signature=SIGNATURES[name])
 
 
-def test_a_subclassed_model_takes_integers_where_the_signature_says_so(tmp_path, rng):
+def test_signature_sets_integer_inputs_of_a_subclassed_model(tmp_path, rng):
     class Words(keras.Model):
         def __init__(self):
             super().__init__()
@@ -149,7 +149,7 @@ def test_a_subclassed_model_takes_integers_where_the_signature_says_so(tmp_path,
     assert details["dtype"] is np.int32
 
 
-def test_a_subclassed_model_of_named_inputs_takes_a_signature(tmp_path, rng):
+def test_signature_of_a_subclassed_model_with_named_inputs(tmp_path, rng):
     class TwoInputs(keras.Model):
         def __init__(self):
             super().__init__()

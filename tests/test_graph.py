@@ -22,7 +22,7 @@ def names(calls):
     return [call and call.layer.name for call in calls]
 
 
-def test_wiring_sees_through_a_nested_model_that_is_called_once():
+def test_wiring_includes_a_nested_model_called_once():
     model = nested()
     wiring = graph.Wiring(model)
     order = ["first", "inside", "between", "twice", "shared", "twice", "sum"]
@@ -34,7 +34,7 @@ def test_wiring_sees_through_a_nested_model_that_is_called_once():
     assert names(wiring.consumers(by_name["inside"].outputs[0])) == ["between"]
 
 
-def test_a_nested_model_that_is_called_twice_has_ends_of_its_own():
+def test_wiring_treats_a_nested_model_called_twice_as_closed():
     wiring = graph.Wiring(nested())
     shared = next(call for call in wiring.calls if call.layer.name == "shared")
     assert wiring.producer(shared.inputs[0]) is None
@@ -44,7 +44,7 @@ def test_a_nested_model_that_is_called_twice_has_ends_of_its_own():
     assert wiring.consumers(add.outputs[0]) == [None]
 
 
-def test_one_symbolic_tensor_in_two_models_is_two_tensors():
+def test_wiring_separates_a_symbolic_tensor_of_two_models():
     x = inputs = keras.Input((4,))
     x = layers.Dense(4, name="inside")(x)
     model = keras.Sequential([inputs, keras.Model(inputs, x), layers.ReLU(name="last")])
@@ -53,7 +53,7 @@ def test_one_symbolic_tensor_in_two_models_is_two_tensors():
     assert wiring.producer(wiring.calls[0].inputs[0]) is None
 
 
-def test_a_copy_has_new_layers_in_the_old_wiring(rng):
+def test_copy_has_new_layers_and_the_same_wiring(rng):
     model = nested()
     copy, copies = graph.copy(model, graph.copy_layer)
     for layer, new in copies.items():
@@ -65,7 +65,7 @@ def test_a_copy_has_new_layers_in_the_old_wiring(rng):
     assert names(graph.Wiring(copy).calls) == names(graph.Wiring(model).calls)
 
 
-def test_layers_lists_those_inside_of_others_once():
+def test_list_layers_lists_inner_layers_once():
     found = [layer.name for layer in graph.list_layers(nested())]
     for name in ("once", "inside", "twice", "shared", "sum"):
         assert found.count(name) == 1
@@ -82,7 +82,7 @@ def run_steps(model, x):
     return values[steps[-1].outputs[0]].array
 
 
-def test_the_steps_of_a_model_compute_it(rng):
+def test_unrolled_steps_compute_the_model(rng):
     model = nested()
     x = rng.normal(size=(3, 4)).astype("float32")
     steps, _ = graph.unroll(model)
@@ -97,7 +97,7 @@ def test_the_steps_of_a_model_compute_it(rng):
     close(run_steps(model, x), keras.ops.convert_to_numpy(model(x)), 1e-6)
 
 
-def test_masks_travel_with_the_values(rng):
+def test_unrolled_steps_carry_masks(rng):
     inputs = keras.Input((None,), dtype="int32")
     x = layers.ReLU()(layers.Embedding(5, 3, mask_zero=True)(inputs))
     model = keras.Model(inputs, layers.GlobalAveragePooling1D()(x))
@@ -107,7 +107,7 @@ def test_masks_travel_with_the_values(rng):
     np.testing.assert_array_equal(embedded.mask, x > 0)
 
 
-def test_a_replaced_call_is_of_one_layer(rng):
+def test_replace_call_changes_one_layer_only(rng):
     x = rng.normal(size=(3, 4)).astype("float32")
     one, other = layers.ReLU(), layers.ReLU()
     graph.replace_call(one, lambda x: x)
@@ -126,12 +126,12 @@ class WritesTooMuch(layers.Layer):
         return {**super().get_config(), "factor": self.factor, "unknown": 1}
 
 
-def test_a_layer_is_copied_that_writes_more_than_its_constructor_knows():
+def test_copy_layer_drops_unknown_config_keys():
     copy = graph.copy_layer(WritesTooMuch(3, name="x"))
     assert (type(copy), copy.factor, copy.name) == (WritesTooMuch, 3, "x")
 
 
-def test_a_layer_is_copied_that_keras_does_not_describe():
+def test_copy_layer_without_a_config_of_keras():
     """Keras writes no config for a layer that was given a policy and no `get_config`."""
     policy = keras.DTypePolicy("mixed_float16")
     copy = graph.copy_layer(layers.Identity(name="x", dtype=policy))
@@ -145,7 +145,7 @@ class HoldsAFunction(layers.Layer):
         self.function = function
 
 
-def test_a_layer_without_a_config_is_named():
+def test_layer_without_a_config_is_named():
     with pytest.raises(ValueError, match="Received: x of class HoldsAFunction: "):
         graph.copy_layer(HoldsAFunction(abs, name="x"))
 
@@ -164,7 +164,7 @@ class Forgetful(layers.Layer):
         return {k: v for k, v in super().get_config().items() if k != "hidden"}
 
 
-def test_a_layer_whose_config_makes_other_weights_is_named():
+def test_layer_whose_config_changes_its_weights_is_named():
     one, other = Forgetful(5, name="x"), Forgetful()
     for layer in (one, other):
         layer(np.zeros((1, 2)))

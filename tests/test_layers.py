@@ -55,7 +55,7 @@ keras_layer_test = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed"
 @keras_layer_test
 @pytest.mark.parametrize("cls", FRN_LAYERS)
 @with_shapes(FRN_OPTIONS)
-def test_keras_layer_test_of_frn(cls, options, weights, shape):
+def test_frn_passes_the_layer_test_of_keras(cls, options, weights, shape):
     TestCase().run_layer_test(
         cls,
         options,
@@ -71,7 +71,7 @@ def test_keras_layer_test_of_frn(cls, options, weights, shape):
 
 @keras_layer_test
 @with_shapes(TLU_OPTIONS)
-def test_keras_layer_test_of_tlu(options, weights, shape):
+def test_tlu_passes_the_layer_test_of_keras(options, weights, shape):
     TestCase().run_layer_test(
         TLU,
         options,
@@ -85,7 +85,7 @@ def test_keras_layer_test_of_tlu(options, weights, shape):
 
 
 @keras_layer_test
-def test_keras_layer_test_of_dense_features():
+def test_frn_tlu_on_dense_features_passes_the_layer_test_of_keras():
     for cls in FRN_LAYERS:
         TestCase().run_layer_test(
             cls, {"learned_epsilon": True}, input_shape=(3, 4), expected_output_shape=(3, 4)
@@ -132,7 +132,7 @@ def check_layer(shape, axis=-1, learned=False, mask=None, **options):
     st.fixed_dictionaries({name: st.booleans() for name in ("center", "scale", "affine")}),
     st.booleans(),
 )
-def test_layer_computes_the_reference(shape, axis, learned, options, is_masked):
+def test_layer_matches_the_reference(shape, axis, learned, options, is_masked):
     axis = axis if axis < len(shape) else -1
     mask = None
     if is_masked:
@@ -143,11 +143,11 @@ def test_layer_computes_the_reference(shape, axis, learned, options, is_masked):
 
 
 @pytest.mark.parametrize(("learned", "axis"), [(False, -1), (True, 1), ("per_channel", -1)])
-def test_compiled_layer_computes_the_reference(learned, axis):
+def test_compiled_layer_matches_the_reference(learned, axis):
     check_layer((2, 6, 7, 3), axis, learned, affine=True, jit_compile=True)
 
 
-def test_fused_equals_the_two_layers(rng):
+def test_fused_layer_equals_the_two_layers(rng):
     x = rng.normal(size=(2, 6, 7, 3)).astype("float32")
     fused, frn, tlu = FilterResponseNormalizationTLU(), FilterResponseNormalization(), TLU()
     for layer in (fused, frn, tlu):
@@ -181,7 +181,7 @@ def test_tau_has_the_sizes_of_its_axes_in_ascending_order():
 
 
 @pytest.mark.parametrize("learned", [True, "per_channel"])
-def test_learned_epsilon_learns(learned, rng):
+def test_learned_epsilon_is_trained(learned, rng):
     """A target made with an epsilon of 0.2 is found again from 1e-4."""
     x = (0.7 * rng.normal(size=(6400, 6))).astype("float32")
     target = frn_tlu(x, epsilon=0.2).astype("float32")
@@ -230,7 +230,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize(("cls", "flag"), [(c, flag) for c in FLAGS for flag in FLAGS[c]])
-def test_flags_are_bools_numpys_too(cls, flag):
+def test_flags_accept_numpy_bools_and_nothing_else(cls, flag):
     for value in (np.True_, np.False_):
         config = cls(**{flag: value}).get_config()
         assert config[flag] is bool(value)  # a file takes no bool of NumPy
@@ -240,17 +240,17 @@ def test_flags_are_bools_numpys_too(cls, flag):
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-def test_constructor_arguments_are_the_config(cls):
+def test_config_has_every_constructor_argument(cls):
     arguments = set(inspect.signature(cls).parameters) - {"kwargs"}
     assert arguments <= set(cls().get_config())
 
 
-def test_the_fused_layer_takes_the_union_of_the_arguments():
+def test_fused_layer_takes_the_arguments_of_both():
     union = {**FilterResponseNormalization().get_config(), **TLU().get_config(), "name": "fused"}
     assert FilterResponseNormalizationTLU.from_config(union).get_config() == union
 
 
-def test_what_follows_axis_is_named():
+def test_arguments_after_axis_are_keyword_only():
     """The second argument of BatchNormalization is its momentum."""
     for cls in LAYERS:
         with pytest.raises(TypeError, match="positional"):
@@ -305,7 +305,7 @@ def test_time_distributed(cls, rng):
 
 
 @pytest.mark.parametrize("cls", FRN_LAYERS)
-def test_mask_of_the_model_reaches_the_layer_and_passes_on(cls, rng):
+def test_mask_reaches_the_layer_and_is_passed_on(cls, rng):
     x = rng.normal(1.0, 1.0, (3, 6, 4)).astype("float32")
     x[0, 4:], x[1, 2:] = 0, 0
     inputs = keras.Input((6, 4))
@@ -393,7 +393,7 @@ def test_integer_input(rng):
 
 
 @pytest.mark.parametrize("cls", FRN_LAYERS)
-def test_one_position_with_a_tiny_epsilon_warns_once(cls):
+def test_single_position_with_a_tiny_epsilon_warns_once(cls):
     for shape in ((None, 4), (None, 1, 1, 4)):
         layer = cls()
         with pytest.warns(UserWarning, match="single positions.*learned_epsilon=True") as record:
@@ -468,7 +468,7 @@ def test_tlu_errors(make, message):
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-def test_same_function_in_training_and_inference(cls, rng):
+def test_training_and_inference_are_equal(cls, rng):
     x = rng.normal(size=(2, 9, 7, 3)).astype("float32")
     layer = cls()
     np.testing.assert_array_equal(numpy(layer(x, training=True)), numpy(layer(x, training=False)))
@@ -499,7 +499,7 @@ def test_subclassed_model_trains(rng):
 @pytest.mark.parametrize(
     "layer_class", [FilterResponseNormalization, FilterResponseNormalizationTLU]
 )
-def test_a_ratio_mixes_the_mean_square_with_a_typical_one(layer_class, scale, rng, tmp_path):
+def test_epsilon_ratio_mixes_in_the_typical_mean_square(layer_class, scale, rng, tmp_path):
     layer = layer_class(epsilon_ratio=2.0, learned_epsilon=True, scale=scale)
     model = keras.Sequential([keras.Input((5, 3)), layer])
     names = [weight.name for weight in layer.weights]
@@ -524,6 +524,6 @@ def test_a_ratio_mixes_the_mean_square_with_a_typical_one(layer_class, scale, rn
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "3", True])
-def test_a_ratio_is_checked(value):
+def test_epsilon_ratio_is_checked(value):
     with pytest.raises(ValueError, match=r"`epsilon_ratio` must be .*Received: epsilon_ratio="):
         FilterResponseNormalization(epsilon_ratio=value)

@@ -30,7 +30,7 @@ def test_resnet20_frn_has_the_size_of_its_source():
 
 
 @pytest.mark.once
-def test_tlu_takes_the_place_of_the_activation():
+def test_tlu_replaces_the_activation():
     model = models.resnet_cifar(activation="tlu", depth=8)
     assert not [x for x in model.layers if isinstance(x, keras.layers.Activation)]
     # 3 blocks: a branch end each, two projections, neither with a threshold; a TLU after each
@@ -63,7 +63,7 @@ def test_resnet_has_the_convolutions_of_the_pre_activation_resnet():
         pytest.param((None, None, 3), 9, id="sizes unknown"),
     ],
 )
-def test_resnet_of_every_rank(input_shape, size):
+def test_resnet_of_each_rank(input_shape, size):
     model = models.resnet(input_shape, classes=4, depth=18, width=8, learned_epsilon=True)
     kernel = model.get_layer("stage1_block1_conv1").kernel
     assert tuple(kernel.shape) == (3,) * (len(input_shape) - 1) + (8, 8)

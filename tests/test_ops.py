@@ -55,7 +55,7 @@ THRESHOLDS = [(), ("tau",), ("tau", "alpha")]
 
 
 @given(cases(), st.sampled_from(WEIGHTS), st.sampled_from(THRESHOLDS))
-def test_values_and_gradients(case, names, thresholds):
+def test_values_and_gradients_match_the_reference(case, names, thresholds):
     x, options, rng = case
     weights = only(parameters(rng, x.shape[options["axis"]]), *names, *thresholds)
     upstream = rng.normal(size=x.shape).astype("float32")
@@ -89,7 +89,7 @@ def test_epsilon_as_number_sequence_and_tensor(rng):
         close(found["epsilon"], expected_epsilon, PARAMETER_GRADIENT)
 
 
-def test_masked_values_do_not_count(rng):
+def test_masked_values_are_ignored(rng):
     x, upstream = rng.normal(size=(2, 2, 9, 4)).astype("float32")
     lengths = (5, 7)
     mask = np.arange(9) < np.array(lengths)[:, None]
@@ -119,7 +119,7 @@ TAUS = [-np.inf, -3e38, -1e20, -1e4, -20.0, -1.0, -1e-30, 0.0, 1e-30, 0.7, 1e4, 
 
 
 @pytest.mark.parametrize("tau", TAUS)
-def test_tlu_is_the_maximum_to_the_bit(tau, rng):
+def test_tlu_is_bitwise_the_maximum(tau, rng):
     scales = 10.0 ** rng.uniform(-6, 6, (4, 50, 3))
     x = (rng.normal(size=(4, 50, 3)) * scales).astype("float32")
     x[0, :4] = [0.3], [-0.3], [np.inf], [-np.inf]
@@ -173,7 +173,7 @@ def test_tlu_axes(shape, axes, kind, is_negative, affine):
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0])
-def test_at_a_tie_the_gradient_is_that_of_tau(alpha):
+def test_gradient_at_a_tie_goes_to_tau(alpha):
     """As the gradient of a ReLU is 0 at 0. Black borders and dead channels are ties at first."""
     x, zeros = np.zeros((2, 3), "float32"), np.zeros(3, "float32")
     options = {} if alpha is None else {"alpha": zeros}
@@ -182,7 +182,7 @@ def test_at_a_tie_the_gradient_is_that_of_tau(alpha):
     np.testing.assert_array_equal(found["tau"], [2, 2, 2])
 
 
-def test_the_gradient_of_a_rarely_used_tau(rng):
+def test_gradient_of_a_rarely_used_tau_is_accurate(rng):
     """100 of 1.6 million positions are below it."""
     x = np.ones((128, 112, 112, 1), "float32")
     upstream = rng.uniform(0.5, 1.0, x.shape).astype("float32")
@@ -210,7 +210,7 @@ def test_half_precision_is_computed_in_float32(dtype, rng):
 
 @pytest.mark.parametrize("alpha", [None, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_float64(masked, alpha, rng):
+def test_float64_keeps_its_precision(masked, alpha, rng):
     with float64_enabled():
         mask = rng.random((2, 30, 31)) < 0.7 if masked else None
         x, upstream = rng.normal(size=(2, 2, 30, 31, 3))
@@ -281,13 +281,13 @@ def test_nan_and_infinity_stay_in_their_sample_and_channel(rng):
     assert np.isnan(z_spoiled[0, 1, 2, 3]), "a NaN must show"
 
 
-def test_nan_in_tau_shows():
+def test_nan_in_tau_is_passed_on():
     z = numpy(tlu(np.ones((1, 2), "float32"), np.array([np.nan, 0.0], "float32")))
     assert np.isnan(z[0, 0])
     assert z[0, 1] == 1
 
 
-def test_samples_do_not_depend_on_each_other(rng):
+def test_samples_are_independent(rng):
     x, upstream = rng.normal(size=(2, 5, 13, 7, 6)).astype("float32")
     weights = only(parameters(rng, 6), "gamma", "beta", "tau")
 
@@ -316,7 +316,7 @@ def test_large_means_are_accurate(shape, rng):
     close(numpy(frn(x)), frn_tlu(x), VALUE)
 
 
-def test_gradient_agrees_with_finite_differences(rng):
+def test_gradient_matches_finite_differences(rng):
     with float64_enabled():
         x, upstream, direction = rng.normal(size=(3, 2, 5, 6, 3))
         tau = np.array([-0.5, 0.2, -2.0])
@@ -358,7 +358,7 @@ def test_forward_mode_second_order_and_vmap(rng):
 @pytest.mark.skipif(BACKEND != "torch", reason="written for PyTorch here")
 # PyTorch's own, where forward mode is first used.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_forward_mode_second_order_and_vmap_on_pytorch(rng):
+def test_pytorch_forward_mode_second_order_and_vmap(rng):
     import torch
     from torch.autograd import forward_ad
 
@@ -472,7 +472,7 @@ DIFFERENCE = 1e-8
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX's transformations")
-def test_every_derivative_of_jax_agrees_with_finite_differences(rng):
+def test_jax_derivatives_match_finite_differences(rng):
     import jax
 
     with float64_enabled():
@@ -521,7 +521,7 @@ def dot_traced(tree, other):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's tapes and accumulators")
-def test_every_derivative_of_tensorflow_agrees_with_finite_differences(rng):
+def test_tensorflow_derivatives_match_finite_differences(rng):
     import tensorflow as tf
 
     x, direction, other, weights = autodiff_case(rng)
@@ -561,7 +561,7 @@ def test_every_derivative_of_tensorflow_agrees_with_finite_differences(rng):
 # PyTorch's own, in forward mode and in `linearize`.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
-def test_every_derivative_of_pytorch_agrees_with_finite_differences(rng):
+def test_pytorch_derivatives_match_finite_differences(rng):
     import torch
     from torch.func import grad, jvp, linearize
 

@@ -38,7 +38,7 @@ def test_public_names():
         keras_frn.FilterResponseNormalizationTLU,
     ],
 )
-def test_layer_docstrings(layer):
+def test_layer_docstrings_describe_every_argument(layer):
     doc = inspect.getdoc(layer)
     for part in ("```", "shape:", "Args:", "Example", "Raises:", "Reference:"):
         assert part in doc
@@ -58,7 +58,7 @@ def imports(tree, inside_functions):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
-def test_imports_of_the_package(path):
+def test_package_imports_no_private_keras_and_no_heavy_module(path):
     tree = ast.parse(path.read_text())
     assert not [n for n in imports(tree, True) if n.startswith("keras.src")]
     at_top = {n.split(".")[0] for n in imports(tree, False)}
@@ -112,7 +112,7 @@ def test_imports_run_downward(path):
 
 @pytest.mark.each_backend
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow is one of the heavy packages")
-def test_import_loads_nothing_that_another_backend_or_an_extra_needs():
+def test_import_loads_no_optional_packages():
     code = "import sys, keras; before = set(sys.modules); import keras_frn; "
     code += "print(*sorted(set(sys.modules) - before))"
     modules = subprocess.run(
@@ -142,7 +142,7 @@ def test_import_loads_nothing_that_another_backend_or_an_extra_needs():
         ),
     ],
 )
-def test_an_unusable_keras_raises_a_one_line_error(environment, code, message):
+def test_unusable_keras_raises_a_one_line_error(environment, code, message):
     result = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}\nimport keras_frn"],
         env={**os.environ, **environment},
@@ -153,7 +153,7 @@ def test_an_unusable_keras_raises_a_one_line_error(environment, code, message):
     assert result.stderr.count("keras_frn needs") + result.stderr.count("is Keras 2") == 1
 
 
-def test_missing_packages_are_named_and_no_extra_of_ours(requirements):
+def test_install_advice_names_packages_and_no_extras(requirements):
     """An index may have no package of this name, or another one."""
     lines = [
         line for path in SOURCES for line in re.findall(r"pip install ([^\n\"]+)", path.read_text())
@@ -187,7 +187,7 @@ def examples():
 
 
 @pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
-def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
+def test_docstring_examples_run(example, rng, tmp_path, monkeypatch):
     if "export" in example.name and BACKEND != "tensorflow":
         pytest.skip("LiteRT files are written from TensorFlow")
     monkeypatch.chdir(tmp_path)
@@ -206,7 +206,7 @@ def test_the_examples_in_docstrings_run(example, rng, tmp_path, monkeypatch):
         exec(block, dict(names))
 
 
-def test_nothing_names_this_machine():
+def test_no_file_names_a_local_path():
     words = ("/work" + "/", "/tmp" + "/v", "py" + "pi.org", "helper" + "-")
     for path in [
         *SOURCES,

@@ -76,7 +76,7 @@ def batches(x, size):
 
 @settings(max_examples=5 * len(KINDS))
 @given(st.sampled_from(list(KINDS)), st.integers(1, 99), st.integers(1, 70))
-def test_every_kind_gives_the_same_samples_each_time(kind, count, size):
+def test_every_kind_of_data_can_be_read_again(kind, count, size):
     model = keras.Sequential([keras.Input((4,)), keras.layers.Flatten()])
     x = np.random.default_rng(0).normal(size=(count, 4)).astype("float32")
     samples = Samples(model, KINDS[kind](x, size))
@@ -90,7 +90,7 @@ def test_every_kind_gives_the_same_samples_each_time(kind, count, size):
     assert (low, high) == (x.min(), x.max())
 
 
-def test_datasets_of_tensorflow(model, rng):
+def test_tensorflow_datasets(model, rng):
     tf = pytest.importorskip("tensorflow")
     x = rng.normal(size=(40, 4)).astype("float32")
     dataset = tf.data.Dataset.from_tensor_slices((x, np.zeros(40)))
@@ -98,7 +98,7 @@ def test_datasets_of_tensorflow(model, rng):
         np.testing.assert_array_equal(joined(Samples(model, data))[0], x)
 
 
-def test_several_inputs_in_the_order_of_the_model(two_inputs, rng):
+def test_multiple_inputs_follow_the_order_of_the_model(two_inputs, rng):
     b, a = rng.normal(size=(5, 4)).astype("float32"), np.arange(15).reshape(5, 3)
     for data in (
         [b, a],
@@ -114,14 +114,14 @@ def test_several_inputs_in_the_order_of_the_model(two_inputs, rng):
         assert second.dtype.kind == "i"
 
 
-def test_no_more_than_the_largest_number_is_read(model, rng):
+def test_no_more_samples_than_the_maximum_are_read(model, rng):
     x = rng.normal(size=(64, 4)).astype("float32")
     assert Samples(model, Batches(x)).count == MAX_SAMPLES
     samples = Samples(model, np.broadcast_to(x[:1], (3 * MAX_SAMPLES, 4)))
     assert samples.count == sum(len(batch[0]) for batch in samples) == MAX_SAMPLES
 
 
-def test_a_fixed_batch_size_gets_full_batches(rng):
+def test_fixed_batch_size_gets_full_batches(rng):
     model = keras.Sequential([keras.Input(batch_shape=(4, 4)), keras.layers.Dense(2)])
     x = rng.normal(size=(6, 4)).astype("float32")
     for data in (x, keras.ops.convert_to_tensor(x)):
@@ -130,7 +130,7 @@ def test_a_fixed_batch_size_gets_full_batches(rng):
         np.testing.assert_array_equal(second[0], x[[4, 5, 4, 5]])
 
 
-def test_no_data_is_no_sample(model):
+def test_no_data_means_no_samples(model):
     samples = Samples(model, None)
     assert samples.count == 0
     assert not list(samples)
@@ -151,7 +151,7 @@ def test_no_data_is_no_sample(model):
         ({"a": np.zeros((2, 4)), "b": np.zeros(2)}, r"must hold 1 inputs per sample. Received: 2"),
     ],
 )
-def test_what_does_not_fit_is_refused(data, match, model):
+def test_wrong_data_are_refused(data, match, model):
     with pytest.raises(ValueError, match=match):
         Samples(model, data)
 
@@ -161,13 +161,13 @@ def test_inputs_of_different_lengths_are_refused(two_inputs):
         Samples(two_inputs, [np.zeros((2, 4)), np.zeros((3, 3), "int32")])
 
 
-def test_a_model_that_is_not_built_is_refused():
+def test_unbuilt_model_is_refused():
     for model in (keras.Sequential([keras.layers.Dense(2)]), "model.keras"):
         with pytest.raises(ValueError, match="`model` must be a built Keras model"):
             Samples(model, np.zeros((2, 4)))
 
 
-def test_few_samples_are_warned_of_where_they_count(model, rng):
+def test_too_few_samples_warn(model, rng):
     x = np.repeat(rng.normal(size=(3, 4)), 20, axis=0)
     assert not Samples(model, x).warnings
     with pytest.warns(UserWarning, match="`calibration_data` has 3 different samples"):
@@ -177,7 +177,7 @@ def test_few_samples_are_warned_of_where_they_count(model, rng):
 
 
 @pytest.mark.parametrize("value", [0.0, 127.5])
-def test_inputs_that_hardly_vary_are_warned_of(value, model, rng):
+def test_nearly_constant_inputs_warn(value, model, rng):
     x = value * (1 + 1e-4 * rng.random((20, 4)))
     with pytest.warns(UserWarning, match="hardly varies: input 0 is from"):
         Samples(model, x)
@@ -192,7 +192,7 @@ KNOWING = {
 
 
 @pytest.mark.parametrize("name", KNOWING)
-def test_a_range_that_the_first_layer_was_not_made_for_is_warned_of(name, rng):
+def test_input_range_that_does_not_fit_the_first_layer_warns(name, rng):
     make, scale = KNOWING[name]
     inner = keras.Sequential([keras.Input((4,)), make(), keras.layers.Dense(2)])
     other = keras.Input((3,))
@@ -206,7 +206,7 @@ def test_a_range_that_the_first_layer_was_not_made_for_is_warned_of(name, rng):
         Samples(model, data)
 
 
-def test_specs_stand_for_the_models_own_sizes(rng):
+def test_specs_override_the_sizes_of_the_model(rng):
     model = keras.Sequential([keras.Input((None, 4)), keras.layers.Dense(2)])
     specs = [keras.InputSpec(shape=(2, 5, 4), dtype="float32", name="x")]
     samples = Samples(model, rng.normal(size=(3, 5, 4)), specs)

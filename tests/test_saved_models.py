@@ -51,7 +51,7 @@ def check(logits, golden, name, tolerance=FLOAT):
 
 
 @pytest.mark.once
-def test_the_card_lists_every_file_with_its_size(folder, about):
+def test_card_lists_every_file_with_its_size(folder, about):
     found = {path.name for path in folder.iterdir()} - {"about.json", "golden.npz"}
     assert {entry["file"] for entry in about["files"].values()} == found
     for entry in about["files"].values():
@@ -64,13 +64,13 @@ def test_the_card_lists_every_file_with_its_size(folder, about):
 
 
 @pytest.mark.parametrize("name", ["keras", "h5"])
-def test_whole_models(name, folder, about, golden):
+def test_whole_models_give_the_golden_outputs(name, folder, about, golden):
     model = keras.saving.load_model(folder / f"model.{name}", compile=False)
     check(model.predict(golden["x"], verbose=0), golden, name)
     assert model.count_params() == about["weights"] < 200_000
 
 
-def test_weights(folder, golden):
+def test_weights_give_the_golden_outputs(folder, golden):
     model = keras.saving.load_model(folder / "model.keras", compile=False)
     model.set_weights([np.zeros_like(w) for w in model.get_weights()])
     model.load_weights(folder / "model.weights.h5")
@@ -78,7 +78,7 @@ def test_weights(folder, golden):
 
 
 @pytest.mark.once
-def test_weights_of_a_network_that_is_built_anew():
+def test_weights_load_into_a_newly_built_network():
     model = demo.build_model()
     model.load_weights(FOLDER / "digits" / "model.weights.h5")
     with np.load(FOLDER / "digits" / "golden.npz") as golden:
@@ -87,13 +87,13 @@ def test_weights_of_a_network_that_is_built_anew():
 
 
 @pytest.mark.once
-def test_there_is_no_optimizer_in_a_file(folder):
+def test_files_have_no_optimizer(folder):
     model = keras.saving.load_model(folder / "model.keras")
     assert getattr(model, "optimizer", None) is None
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="loaded by TensorFlow")
-def test_saved_model(folder, golden):
+def test_saved_model_gives_the_golden_outputs(folder, golden):
     import tensorflow as tf
 
     loaded = tf.saved_model.load(folder / "saved_model")
@@ -102,14 +102,14 @@ def test_saved_model(folder, golden):
 
 @pytest.mark.once
 @pytest.mark.parametrize("name", LITERT)
-def test_litert(name, folder, golden):
+def test_litert_gives_the_golden_outputs(name, folder, golden):
     pytest.importorskip("ai_edge_litert", reason="of the [export] extra")
     (logits,) = LiteRT(folder / f"{name}.tflite")(golden["x"])
     check(logits, golden, name, LITERT[name])
 
 
 @pytest.mark.once
-def test_onnx(folder, golden):
+def test_onnx_gives_the_golden_outputs(folder, golden):
     onnxruntime = pytest.importorskip("onnxruntime", reason="of the [onnx] extra")
     session = onnxruntime.InferenceSession(
         str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
@@ -131,7 +131,7 @@ def test_accuracy_of_the_digits_card():
 
 
 @pytest.mark.once
-def test_sizes():
+def test_files_are_small():
     files = [p for p in FOLDER.rglob("*") if p.is_file()]
     assert max(p.stat().st_size for p in files) < 1e6
     assert sum(p.stat().st_size for p in files) < 8e6

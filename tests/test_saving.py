@@ -96,7 +96,7 @@ def test_reload_in_a_fresh_process(trained, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["weights.h5", "h5"])
-def test_weights_only(trained, suffix, tmp_path):
+def test_weights_load_into_a_new_model(trained, suffix, tmp_path):
     model, x, _, _ = trained
     path = tmp_path / f"only.{suffix}"
     if suffix == "weights.h5":
@@ -108,7 +108,7 @@ def test_weights_only(trained, suffix, tmp_path):
     np.testing.assert_array_equal(other.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
-def test_json_and_clone(trained):
+def test_json_and_clone_keep_the_config(trained):
     model, x, _, _ = trained
     for other in (keras.models.model_from_json(model.to_json()), keras.models.clone_model(model)):
         for layer, original in zip(other.layers[1:], model.layers[1:], strict=True):
@@ -117,7 +117,7 @@ def test_json_and_clone(trained):
         np.testing.assert_array_equal(other.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
-def test_axes_of_tau_survive_h5(tmp_path):
+def test_tau_axes_survive_h5(tmp_path):
     """Keras drops `axis` from the config of a layer in an .h5 file unless it is one number."""
     for axis in ((1, 2), (2,), [1, 2, 3]):
         model = keras.Sequential([keras.Input((4, 5, 6)), keras_frn.TLU(axis=axis)])

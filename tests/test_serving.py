@@ -7,7 +7,7 @@ from backends import BACKEND
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="exported from TensorFlow here")
-def test_serving_from_many_threads(monkeypatch):
+def test_many_threads_get_the_right_answers(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import serving
 

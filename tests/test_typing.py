@@ -62,7 +62,7 @@ WRONG = [
 
 
 @pytest.mark.once
-def test_mypy_takes_right_code_and_refuses_each_wrong_line(tmp_path):
+def test_mypy_accepts_correct_calls_and_rejects_wrong_ones(tmp_path):
     (tmp_path / "user.py").write_text(BEFORE + RIGHT + "\n".join(WRONG) + "\n")
     (tmp_path / "mypy.ini").write_text(
         "[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n"

@@ -123,7 +123,7 @@ def test_bnn_hmc(rng):
     check("bnn_hmc", x, expected)
 
 
-def test_resnet_cifar_has_the_names_that_its_table_gives_to_the_layers_of_bnn_hmc():
+def test_resnet_cifar_has_the_layer_names_of_the_table():
     rows = re.findall(r"^ *\| (.*) \| (.*) \|$", models.resnet_cifar.__doc__, re.MULTILINE)
     numbers, names = zip(*rows[1:-1], strict=True)
     names = re.findall(r"`(\w+)`", ",".join(names))

@@ -68,7 +68,7 @@ print("done")
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="on the other backends")
-def test_what_needs_no_tensorflow_runs_without(tmp_path):
+def test_package_works_without_tensorflow(tmp_path):
     addons = Path(__file__).with_name("addons_models") / "frn_tlu"
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, addons],
