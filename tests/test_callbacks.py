@@ -307,7 +307,7 @@ def test_monitor_logs_and_plots(rng, tmp_path):
 
 
 def test_monitor_counts_each_sample_once(rng):
-    """Of 40 samples 32 are in one batch and 8 in the next."""
+    """32 of the 40 samples are in one batch and 8 in the next."""
     frn = FilterResponseNormalization(epsilon=1.0, name="frn")
     model = keras.Sequential([keras.Input((4, 3)), frn])
     x = rng.normal(size=(40, 4, 3)).astype("float32")

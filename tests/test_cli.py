@@ -300,7 +300,7 @@ COMMAND = [sys.executable, "-m", "keras_frn"]
 
 
 def test_messages_at_process_exit_are_visible():
-    """As when it crashes: nothing takes the file descriptor away."""
+    """Also those of a crash: nothing redirects the file descriptor."""
     code = "import atexit, os, sys; atexit.register(os.write, 2, b'dead'); "
     config = configparser.ConfigParser()
     config.read(Path(__file__).parents[1] / "setup.cfg")
@@ -315,7 +315,7 @@ def test_messages_at_process_exit_are_visible():
 
 
 def test_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
-    """While the command prints, or at its end when it writes what Python kept."""
+    """Neither while the command prints nor when Python flushes its buffer at the end."""
     read, write = os.pipe()
     os.close(read)
     for buffering in (1, -1):

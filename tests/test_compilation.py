@@ -143,7 +143,7 @@ def test_fit_in_each_mode(mode, rng):
 @pytest.mark.parametrize("how", ["jit_compile=True", "torch.compile", "both"])
 @STACKS
 def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
-    """What goes from one graph to another is written at full size, in float32."""
+    """A tensor between two graphs would be written at full size, in float32."""
     import torch
 
     x = torch.tensor(rng.normal(size=(2, 4, 4, 3)), dtype=torch.bfloat16, requires_grad=True)
@@ -162,7 +162,7 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
 
 @torch_only
 def test_torch_compiles_all_layers_of_a_large_model(rng):
-    """It gives up at the eighth version of a function, and runs it as it is."""
+    """PyTorch stops compiling a function after eight versions, and then runs it eagerly."""
     import torch
 
     torch._dynamo.reset()
@@ -315,7 +315,7 @@ def test_layers_of_one_shape_share_a_program(rng):
 
 @tensorflow_only
 def test_all_kinds_of_derivatives_in_a_graph(rng):
-    """Against eager mode, one example at a time."""
+    """Compared with eager mode, one example at a time."""
     import tensorflow as tf
 
     layers = [
@@ -365,7 +365,7 @@ def test_all_kinds_of_derivatives_in_a_graph(rng):
 def test_litert_trains_on_device(rng, tmp_path):
     """A training step is a LiteRT signature.
 
-    Of FRN alone: the gradient of TLU is that of a ReLU, for which LiteRT needs Flex operators."""
+    With FRN alone: TLU has the gradient of ReLU, for which LiteRT needs Flex operators."""
     import tensorflow as tf
     from ai_edge_litert.interpreter import Interpreter
 

@@ -49,7 +49,7 @@ def free_ports(count):
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's strategies")
 def test_mirrored_strategy_equals_one_device():
-    """`fit` and a loop of one's own on two devices equal `fit` on one."""
+    """`fit` and a custom loop on two devices equal `fit` on one."""
     (result,) = run("devices_tensorflow.py", ("mirrored",))
     assert result["moved"] > LEARNED
     assert result["fit"] < STEPS_IN_ANOTHER_ORDER
@@ -59,7 +59,7 @@ def test_mirrored_strategy_equals_one_device():
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow's strategies")
 def test_multi_worker_mirrored_strategy_equals_one_device():
-    """A loop of one's own in two processes equals `fit` in one. What `fit` does with Keras' own
+    """A custom loop in two processes equals `fit` in one. What `fit` does with Keras' own
     GroupNormalization it does with this layer (Keras 3.15.1: ValueError, "PerReplica")."""
     ports = free_ports(2)
     for result in run("devices_tensorflow.py", (0, *ports), (1, *ports)):
@@ -109,7 +109,7 @@ def test_keras_distributions_equal_one_device():
 
 @pytest.mark.skipif(BACKEND != "jax", reason="of JAX's sharding")
 def test_collectives_are_only_those_expected():
-    """Nothing in a batch that is divided; one sum of (batch, channels) in divided positions."""
+    """Nothing if the batch is divided; one sum of (batch, channels) if positions are."""
     (records,) = run("collectives.py")
     assert {r["divided"] for r in records} == {"batch", "height", "height and width"}
     for record in records:

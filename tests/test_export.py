@@ -251,7 +251,7 @@ def test_model_compiled_with_a_custom_loss_is_exported(tmp_path, rng):
 
 
 def test_report_describes_the_file(tmp_path, rng, capsys):
-    """In shares of the range, with the limit beside each, and what stayed in float."""
+    """Errors as shares of the range with their limit, and what stayed in float."""
     inputs = keras.Input((12, 12, 3))
     x = layers.Activation("elu")(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
     model, x = shuffled_weights(keras.Model(inputs, layers.Dense(3)(x))), images(rng)

@@ -21,7 +21,7 @@ FOLLOWING = {
 @pytest.mark.parametrize("kind", FOLLOWING)
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
 def test_biases_compensate_the_rounding_of_tau(preset, kind, tmp_path, rng):
-    """A third to four fifths of the positions of a channel are at tau, and rounded alike."""
+    """A third to four fifths of a channel's positions are at tau, with the same rounding error."""
     keras.utils.set_random_seed(0)
     model, x = stack(frn_tlu_layer(), FOLLOWING[kind]()), images(rng, 256)
     model.layers[1].tau.assign(np.linspace(-0.3, 0.9, 6))

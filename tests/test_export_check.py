@@ -33,7 +33,7 @@ def test_wrong_float_file_is_refused_and_the_layer_named(tmp_path):
 
 
 def test_wrong_layer_is_found_between_parallel_branches(tmp_path):
-    """Half of the layers in the order of the model does not end in one tensor."""
+    """The first half of the layers does not end in a single tensor."""
     inputs = keras.Input((12, 12, 3))
     plain = wrong = inputs
     for i in range(4):
@@ -58,7 +58,7 @@ def test_error_beyond_the_limit_warns(tmp_path, rng):
 
 @pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
 def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
-    """At one position and without a learned epsilon a normalization is the sign of its input."""
+    """FRN on single positions without a learned epsilon is the sign of its input."""
     blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
     model = keras.Sequential([keras.Input((16,)), *blocks])
     with pytest.warns(UserWarning, match="amplifies roundings.*should learn epsilon"):

@@ -79,8 +79,8 @@ def test_rare_values_before_a_normalization_saturate(tmp_path, rng):
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
 def test_rare_output_peaks_are_kept(preset, tmp_path, rng):
-    """A detector's map, of a few values that stand out. Saturated like those before a
-    normalization, the largest would be 0.77 of what it is."""
+    """A detector's map, with a few large values. If they saturated as before a normalization, the
+    largest would be 0.77 of what it is."""
     inputs = keras.Input((12, 12, 3))
     features = frn_tlu_layer()(layers.Conv2D(8, 3, use_bias=False)(inputs))
     outputs = layers.Conv2D(1, 1)(features)
@@ -270,7 +270,7 @@ def repeat(x):
         ),
     ],
 )
-def test_outputs_that_are_shared_or_used_inside(build, preset, integer_io, tmp_path, rng):
+def test_outputs_may_be_shared_or_used_inside(build, preset, integer_io, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
     model, x = keras.Model(inputs, build(inputs)), images(rng, 32)
     report = export_tflite(
@@ -301,7 +301,7 @@ def test_integer_io_refuses_float_operators_between(tmp_path, rng):
 
 
 def test_weights_left_in_float_are_named(tmp_path, rng):
-    """Of unknown sizes a convolution in 3D is none in 2D."""
+    """A 3D convolution of unknown sizes has no 2D form."""
     inputs = keras.Input((None, None, None, 2))
     x = layers.Conv3D(32, 3)(inputs)
     model = keras.Model(inputs, layers.Dense(80)(layers.GlobalAveragePooling3D()(x)))
@@ -321,7 +321,7 @@ def test_grouped_3d_convolution_equals_its_2d_form(rng):
 
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
 def test_tiny_filter_keeps_its_large_bias(preset, tmp_path, rng):
-    """A bias has the steps of its filter, and 32 bits of them."""
+    """The scale of a bias follows from that of its filter, and it has 32 bits."""
     kernels = [layers.Conv2D(8, 3), layers.Conv2D(16, 3)]
     after = [layers.GlobalAveragePooling2D(), layers.Dense(5)]
     model = shuffled_weights(

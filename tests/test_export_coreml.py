@@ -39,7 +39,7 @@ def trace(model):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="traces PyTorch")
 def test_trace_uses_the_maximum_of_two_tensors():
-    """`clamp` with a tensor as its bound is refused by coremltools."""
+    """coremltools refuses `clamp` with a tensor as the bound."""
     graph = str(trace(model_with_gates()).inlined_graph)
     assert graph.count("aten::maximum") == 2
     tensors = [line for line in graph.splitlines() if "aten::clamp" in line and "Float(" in line]

@@ -120,7 +120,7 @@ def test_equalization_changes_scales_but_not_outputs(name, rng):
 
 
 def test_nested_model_called_twice_is_not_equalized(rng):
-    """What feeds one of its calls may not be scaled alone."""
+    """The input of one of its calls must not be scaled alone."""
     inner = keras.Sequential([keras.Input((8, 8, 6)), frn(name="inner"), layers.Conv2D(4, 1)])
     inputs = keras.Input((10, 10, 4))
     calls = [inner(layers.Conv2D(6, 3)(inputs)) for _ in range(2)]
@@ -474,7 +474,7 @@ def run_in_half(file, x):
 @pytest.mark.parametrize("preset", [None, "float16"])
 @pytest.mark.parametrize(("size", "largest"), [(32, 255), (256, 255), (256, 1)])
 def test_equalized_file_is_accurate_in_half_precision(preset, size, largest, tmp_path, rng):
-    """Sums included. With inputs to 255 and without equalization the error is 0.99."""
+    """Also in sums. With inputs up to 255 and without equalization the error is 0.99."""
     inputs = keras.Input((size + 2, size + 2, 3))
     model = keras.Model(inputs, frn_tlu_layer()(layers.Conv2D(8, 3)(inputs)))
     x = rng.uniform(0, largest, (4, size + 2, size + 2, 3)).astype("float32")

@@ -36,7 +36,7 @@ def plain(tmp_path_factory):
 )
 @settings(max_examples=60, deadline=None, database=None)
 def test_ranges_of_any_data_are_finite(plain, offset, scale, count, seed):
-    """Constant ones, those below the normal numbers, and those whose squares overflow, too."""
+    """Also of constants, of subnormal numbers, and of those whose squares overflow."""
     x = np.random.default_rng(seed).normal(
         size=(count, *images(np.random.default_rng(0)).shape[1:])
     )

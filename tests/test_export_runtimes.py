@@ -232,7 +232,7 @@ def test_each_preset_in_litert_and_tflite_micro(preset, tmp_path):
 
 @on_tensorflow
 def test_tflite_micro_reads_the_weights_of_a_large_file(tmp_path):
-    """ai-edge-quantizer puts them behind the FlatBuffer if they have more than 256 kB."""
+    """ai-edge-quantizer puts weights of more than 256 kB after the FlatBuffer."""
     micro = pytest.importorskip("tflite_micro").runtime.Interpreter
     rng = np.random.default_rng(0)
     model = keras.Sequential(
@@ -283,7 +283,7 @@ def test_each_preset_in_vela(preset, integer_io, tmp_path):
 # tf2onnx asks NumPy 2 for names that it has given up.
 @pytest.mark.filterwarnings("ignore:In the future `np.:FutureWarning")
 def test_onnxruntime_static_int8_needs_the_list_of_products(tmp_path):
-    """By its defaults it quantizes the mean squares, too, which spread channels do not survive."""
+    """By default it also quantizes the mean squares, which fails if channels differ in scale."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="of the [onnx] extra")
     pytest.importorskip("tf2onnx", reason="of the [onnx] extra")
     from onnxruntime import quantization

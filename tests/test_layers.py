@@ -182,7 +182,7 @@ def test_tau_has_the_sizes_of_its_axes_in_ascending_order():
 
 @pytest.mark.parametrize("learned", [True, "per_channel"])
 def test_learned_epsilon_is_trained(learned, rng):
-    """A target made with an epsilon of 0.2 is found again from 1e-4."""
+    """Training from 1e-4 finds the epsilon of 0.2 that made the target."""
     x = (0.7 * rng.normal(size=(6400, 6))).astype("float32")
     target = frn_tlu(x, epsilon=0.2).astype("float32")
     model = keras.Sequential(

@@ -146,7 +146,7 @@ def test_fused_tlu_is_exact_for_every_tau(tau, rng):
     st.booleans(),
 )
 def test_tlu_axes(shape, axes, kind, is_negative, affine):
-    """In any order, counted from the end or not, as an int, a tuple or a list."""
+    """In any order, positive or negative, as an int, a tuple or a list."""
     rank = len(shape)
     axes = [axis for axis in axes if axis < rank][::-1] or [1]
     axis = kind([a - rank * is_negative for a in axes])
@@ -174,7 +174,7 @@ def test_tlu_axes(shape, axes, kind, is_negative, affine):
 
 @pytest.mark.parametrize("alpha", [None, 0.0])
 def test_gradient_at_a_tie_goes_to_tau(alpha):
-    """As the gradient of a ReLU is 0 at 0. Black borders and dead channels are ties at first."""
+    """As the gradient of ReLU is 0 at 0. Black borders and dead channels start as ties."""
     x, zeros = np.zeros((2, 3), "float32"), np.zeros(3, "float32")
     options = {} if alpha is None else {"alpha": zeros}
     _, found = gradients(lambda x, tau: tlu(x, tau, **options), {"x": x, "tau": zeros}, x + 1)
@@ -391,7 +391,7 @@ def test_pytorch_forward_mode_second_order_and_vmap(rng):
 
 
 def test_per_example_gradients(rng):
-    """The gradients of each sample alone, as in differential privacy, add up to the batch's."""
+    """The gradients of single samples, as in differential privacy, add up to that of the batch."""
     x, upstream = rng.normal(size=(2, 4, 6, 5, 3)).astype("float32")
     weights = only(parameters(rng, 3), "gamma", "beta", "tau")
 

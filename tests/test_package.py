@@ -154,7 +154,7 @@ def test_unusable_keras_raises_a_one_line_error(environment, code, message):
 
 
 def test_install_advice_names_packages_and_no_extras(requirements):
-    """An index may have no package of this name, or another one."""
+    """An index may have no package of this name, or a different one."""
     lines = [
         line for path in SOURCES for line in re.findall(r"pip install ([^\n\"]+)", path.read_text())
     ]

@@ -125,7 +125,7 @@ def test_per_example_gradients_in_one_call(method, first, rng):
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a comparison, once")
 def test_batch_normalization_has_no_per_example_gradients(rng):
-    """What the pages say: of the same example beside others it is another one."""
+    """The gradient of an example depends on the other examples."""
     import jax
 
     x, _ = data(rng)
