@@ -81,6 +81,16 @@ class Flat(tf_keras.Model):
         return self.tlu(self.frn(self.stem(x)))
 
 
+class Gan(tf_keras.Model):
+    def __init__(self, generator, critic):
+        super().__init__()
+        self.generator = generator
+        self.nets = {"critic": critic}
+
+    def call(self, x):
+        return self.nets["critic"](self.generator(x))
+
+
 class Both(tf_keras.Model):
     """A layer under two names, one in a private attribute, and two models."""
 
@@ -143,8 +153,14 @@ critic = tf_keras.Sequential([tf_keras.Input((5,)), layers.Dense(1)])
 parts = {"generator": net, "discriminator": critic, "optimizer": net.optimizer}
 tf.train.Checkpoint(**parts).save("gan/ckpt")
 tf.train.Checkpoint(model=net).write("model/ckpt")
-averaged = tf.train.Checkpoint(model=net, ema=other)
+averaged = tf.train.Checkpoint(model=net, ema=other, flat=flat)
 tf.train.CheckpointManager(averaged, "manager", 3).save()
+gan = Gan(net, critic)
+gan(x)
+gan.save_weights("gan.weights.h5")
+tf.train.Checkpoint(gan=gan, gan_2=gan).write("deep/ckpt")
+ema = tf.train.Checkpoint(generator=other)
+tf.train.Checkpoint(trainer=tf.train.Checkpoint(gan=gan, ema=ema)).write("deeper/ckpt")
 both = Both()
 expected = both(x[:, 0, 0])
 both.save_weights("both/ckpt")

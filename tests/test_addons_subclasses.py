@@ -67,10 +67,11 @@ def load(folder, name, model=None, **options):
     return numpy(model(io["x"])), io
 
 
+DEEP = ["deep/ckpt", "gan.weights.h5"]  # a model in a model
 FILES = ["net", "net.h5", "net.weights.h5", "net.keras", "saved_model"]
 
 
-@pytest.mark.parametrize("name", [*FILES, "gan", "gan/ckpt-1", "model/ckpt"])
+@pytest.mark.parametrize("name", [*FILES, "gan", "gan/ckpt-1", "model/ckpt", *DEEP])
 def test_a_subclassed_model_gets_its_weights(folder, name):
     y, io = load(folder, name)
     close(y, io["net"], 2e-5)  # roundings of float32, in sums of some hundreds
@@ -143,6 +144,14 @@ def test_a_part_is_chosen_by_name_if_several_fit(folder):
         load(folder, "manager")
     with pytest.raises(ValueError, match=r"`part` must be one of \['discriminator', 'generator'\]"):
         load(folder, "gan", part="g")
+    for part, expected in (("trainer/gan/generator", "net"), ("trainer/ema/generator", "other")):
+        y, io = load(folder, "deeper/ckpt", part=part)
+        close(y, io[expected], 2e-5)
+    two = r"\['trainer/ema/generator', 'trainer/gan/generator'\]"
+    with pytest.raises(ValueError, match=rf"`part` must be one of {two}, which all fit"):
+        load(folder, "deeper/ckpt")
+    with pytest.raises(ValueError, match=r"`part` must be one of \['trainer/ema', 'trainer/gan'\]"):
+        load(folder, "deeper/ckpt", part="trainer/x")
     with pytest.raises(ValueError, match=r"`part` must be None for a file without parts"):
         load(folder, "net.h5", part="model")
 
@@ -168,6 +177,14 @@ def test_layers_of_other_names_get_their_weights_by_order(folder):
     for name in ("flat", "flat.h5", "flat_saved_model"):
         y, io = load(folder, name, flat(conv="first"))
         close(y, io["flat"], 2e-5)
+
+
+def test_a_part_that_was_found_by_order_is_reported(folder):
+    with pytest.warns(UserWarning, match=r"`path` nests its layers .*flat/conv2d\S*/kernel \(3"):
+        y, io = load(folder, "manager", flat(conv="first"))
+    close(y, io["flat"], 2e-5)
+    y, io = load(folder, "manager", flat(conv="first"), part="flat")
+    close(y, io["flat"], 2e-5)
 
 
 def flat_net():

@@ -35,6 +35,16 @@ class Tree:
     arrays: dict[int, NamedArray]
     is_checkpoint: bool  # which has the order of creation; HDF5 has that of the alphabet
 
+    def list_parts(self) -> dict[str, int]:
+        """The objects that hold arrays, as `gan/generator`: by all names, inside of the first."""
+        parts, paths = {"": 0}, [""]
+        for path in paths:  # which grows
+            for name, node in self.names[parts[path]].items():
+                if self.names[node] and self.list_arrays(node):
+                    paths += [f"{path}/{name}".lstrip("/")] * (node not in parts.values())
+                    parts[f"{path}/{name}".lstrip("/")] = node
+        return parts
+
     def list_arrays(self, root: int) -> list[NamedArray]:
         """The arrays of floats in an object, in its order, but for optimizers and metrics."""
         seen: dict[int, None] = {}

@@ -9,11 +9,10 @@ import keras
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentWarning
-from ..layers import FilterResponseNormalization
 from ..typing import PathLike
 from . import files
 from .config import BY_CODE, OPTIMIZERS, Builder, Thresholds
-from .weights import Pair, is_uniform, match
+from .weights import Pair, explain_doubts, is_uniform, match
 
 __all__ = ["load_addons_model", "load_addons_weights"]
 
@@ -75,9 +74,13 @@ def load_addons_model(
         )
     with keras.saving.custom_object_scope(custom_objects or {}):
         with files.explain_errors(path, "path", "must hold a model that Keras 3 can build"):
-            model = _build(saved, tau)
-        if compile and saved.training:
-            _compile(model, saved.training)
+            model, pairs = _build(saved, tau)
+            _assign(pairs, tau)
+        message = _compile(model, saved.training) if compile and saved.training else None
+    for doubt in explain_doubts(pairs):
+        warnings.warn(ArgumentWarning("path", doubt), stacklevel=2)
+    if message:
+        warnings.warn(message, stacklevel=2)
     return model
 
 
@@ -103,8 +106,9 @@ def load_addons_weights(
             `.index` file or its folder), or a complete model, whose config is not looked at.
         tau: `"per_channel_mean"` averages thresholds that differ from position to position where
             the model has one per channel; `"auto"` refuses. Defaults to `"auto"`.
-        part: The name of the model in a `tf.train.Checkpoint(generator=..., discriminator=...)`.
-            Defaults to None: the whole checkpoint, or the one part that fits.
+        part: The name of the model in a `tf.train.Checkpoint(generator=..., discriminator=...)`,
+            or its path, such as `"gan/generator"`. Defaults to None: the whole file, or the one
+            part that fits.
 
     Raises:
         ValueError: if the model is not built, or the file does not fit it.
@@ -124,10 +128,12 @@ def load_addons_weights(
             f"must be a built keras.Model. Received: {model!r}. Give it an input shape, or call it "
             "once.",
         )
-    rule = "must hold the weights of the model"
     saved = files.read(path)
-    with files.explain_errors(path, "path", rule):
-        _assign(match(model, {}, saved.weights, part), tau)
+    with files.explain_errors(path, "path", "must hold the weights of the model"):
+        pairs = match(model, {}, saved.weights, part)
+        for doubt in explain_doubts(pairs):
+            warnings.warn(ArgumentWarning("path", doubt), stacklevel=2)
+        _assign(pairs, tau)
 
 
 def _check_tau(tau: object, choices: tuple[str, ...], remedy: str) -> None:
@@ -137,7 +143,7 @@ def _check_tau(tau: object, choices: tuple[str, ...], remedy: str) -> None:
 
 def _build(
     saved: files.Saved, tau: str, thresholds: Sequence[Thresholds] | None = None
-) -> keras.Model:
+) -> tuple[keras.Model, list[Pair]]:
     builder = Builder(thresholds)
     model = builder.revive(saved.config)
     if not isinstance(model, keras.Model) or not model.built:
@@ -146,8 +152,7 @@ def _build(
     pairs = match(model, builder.members, saved.weights)
     if builder.tlus and thresholds is None:  # only the arrays tell whether positions differ
         return _build(saved, tau, [_choose_thresholds(layer, pairs, tau) for layer in builder.tlus])
-    _assign(pairs, tau)
-    return model
+    return model, pairs
 
 
 def _choose_thresholds(layer: keras.Layer, pairs: list[Pair], tau: str) -> Thresholds:
@@ -172,25 +177,14 @@ def _choose_thresholds(layer: keras.Layer, pairs: list[Pair], tau: str) -> Thres
 
 def _assign(pairs: list[Pair], tau: str) -> None:
     values = [pair.value(tau) for pair in pairs]
-    ways = [
-        f"{pair.source} {tuple(pair.array.shape)} -> {pair.weight.path}"
-        for pair in pairs
-        if isinstance(pair.layer, FilterResponseNormalization)
-        and pair.weight.name in ("gamma", "beta")
-        and pair.array.shape == pair.weight.shape
-    ]
-    if ways:
-        problem = "has arrays of FRN layers that are not those of Addons, (1, 1, 1, channels): "
-        problem += f"{', '.join(ways)}. Check an output: their names may mean something else."
-        warnings.warn(ArgumentWarning("path", problem), stacklevel=3)
     for pair, value in zip(pairs, values, strict=True):
         pair.weight.assign(value)
         if isinstance(pair.layer, keras.layers.Normalization):
             pair.layer.finalize_state()  # takes the statistics over from the weights
 
 
-def _compile(model: keras.Model, training: dict[str, Any]) -> None:
-    """Compiles the model as it was, where Keras 3 can."""
+def _compile(model: keras.Model, training: dict[str, Any]) -> str:
+    """Compiles the model as it was, where Keras 3 can, and says what of it is missing."""
     builder = Builder()
 
     def metrics(name: str) -> Any:
@@ -209,10 +203,8 @@ def _compile(model: keras.Model, training: dict[str, Any]) -> None:
         )
         # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
         model.optimizer.build(model.trainable_variables)
-        message = f"The optimizer {model.optimizer.name!r} starts fresh: its state is not read."
+        return f"The optimizer {model.optimizer.name!r} starts fresh: its state is not read."
     except files.reading_errors() as error:
         model.compiled = False
-        message = (
-            f"The model is not compiled, as Keras 3 cannot restore the compile arguments: {error}"
-        )
-    warnings.warn(message, stacklevel=3)
+        problem = "The model is not compiled, as Keras 3 cannot restore the compile arguments"
+        return f"{problem}: {error}"

@@ -6,8 +6,8 @@ They are walked together. If a file has a list instead, or other names, arrays g
 
 import collections
 import dataclasses
+import itertools
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,21 +15,29 @@ import keras
 import numpy as np
 
 from .. import graph
-from ..errors import ArgumentError, ArgumentWarning
+from ..errors import ArgumentError
 from ..layers import TLU, FilterResponseNormalization
 from . import files
 
 Members = Mapping[int, list[Any]]  # as in `config.Builder`
+_ORDER = "its layers in another way, so they were taken in order: {}. Check an output, or give "
+_ORDER += "the layers the names that they have there."
+_NESTED, _NUMBERED = f"nests {_ORDER}", f"numbers {_ORDER}"
+_FOREIGN = "has arrays of FRN layers that are not those of Addons, (1, 1, 1, channels): {}. Check "
+_FOREIGN += "an output: their names may mean something else."
 
 
 @dataclasses.dataclass
 class Pair:
-    """A weight of the model and its array in the file, with the array's name there."""
+    """A weight of the model and its array in the file, with the array's name there.
+
+    The `doubt` says why it may be another weight's."""
 
     layer: keras.Layer
     weight: keras.Variable
     array: Any = None
     source: str = ""
+    doubt: str = ""
 
     def value(self, tau: str = "auto") -> Any:
         """The array in the shape of the weight."""
@@ -56,6 +64,18 @@ def is_uniform(array: Any) -> bool:
     """Whether an array `(*positions, channels)` is the same at every position."""
     rows = np.asarray(array).reshape(-1, array.shape[-1])
     return np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True)
+
+
+def explain_doubts(pairs: list[Pair]) -> list[str]:
+    """What is not certain about the pairs, and which array went where."""
+    doubts = collections.defaultdict(list)
+    for pair in pairs:
+        way = f"{pair.source} {pair.array.shape} -> {pair.weight.path}"
+        is_ours = isinstance(pair.layer, FilterResponseNormalization)
+        if is_ours and pair.weight.name in ("gamma", "beta") and pair.array.ndim == 1:
+            doubts[_FOREIGN].append(way)
+        doubts[pair.doubt].append(way)
+    return [doubt.format(", ".join(ways)) for doubt, ways in doubts.items() if doubt]
 
 
 @dataclasses.dataclass
@@ -146,26 +166,34 @@ def _check_pairs(
 
 def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
     """Matches a file, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
-    parts = {name: n for name, n in stored.names[0].items() if stored.list_arrays(n)}
+    parts = stored.list_parts()
     if part is not None and part not in parts:
-        raise ArgumentError("part", f"must be one of {sorted(parts)}. Received: {part!r}.")
-    roots = {0: "", **{n: name for name, n in parts.items()}} if part is None else {parts[part]: ""}
+        beside = sorted(p for p in parts if p and p.count("/") == part.count("/"))
+        raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
     reason: Exception | None = None
     for by_name in (True, False) if stored.is_checkpoint else (True,):
-        fits = {}
-        for root, name in roots.items():
-            arrays = stored.list_arrays(root)
+        fits: dict[tuple[int, ...], tuple[str, list[Pair]]] = {}
+        for path in parts if part is None else [part]:
+            arrays = stored.list_arrays(parts[path])
             try:
-                pairs = _match_names(tree, stored, root) if by_name else _match_flat(tree, arrays)
-                fits[name] = _check_pairs(tree, pairs, arrays)
+                if by_name:
+                    pairs = _match_names(tree, stored, parts[path])
+                else:
+                    pairs = _match_flat(tree, arrays, is_sure=path in ("", part))
+                _check_pairs(tree, pairs, arrays)
             except ValueError as error:
                 reason = reason or error  # the first: of the whole, by name
-        if "" in fits or len(fits) == 1:
-            return next(iter(fits.values()))
+                continue
+            if path == "":
+                return pairs
+            fits.setdefault(tuple(id(pair.array) for pair in pairs), (path, pairs))
         if fits:
-            found = f"{sorted(fits)}, which all fit"
-            raise ArgumentError("part", f"must be one of {found}. Received: None.")
-    raise ValueError(f"{reason}. Its parts: {sorted(parts)[:9]}")
+            paths, found = zip(*fits.values(), strict=True)
+            if len(paths) > 1:
+                problem = f"must be one of {sorted(paths)}, which all fit. Received: None."
+                raise ArgumentError("part", problem)
+            return found[0]
+    raise ValueError(f"{reason}. Its parts: {[*parts][1:10]}")
 
 
 def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
@@ -201,7 +229,8 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
         # Layers of a class are counted, with gaps: conv2d, conv2d_2, ...
         names = sorted(stored.names[number], key=lambda name: (len(name), name))
         for layer in _list_layers(nodes):
-            kind = re.compile(_snake_case(type(layer.value).__name__) + r"(_\d+)?")
+            words = re.sub(r"\B(?=[A-Z])", "_?", type(layer.value).__name__)
+            kind = re.compile(rf"{words.lower()}(_\d+)?")
             found = next(filter(kind.fullmatch, names), None)
             if found and id(layer.value) not in pairs:
                 names.remove(found)
@@ -211,13 +240,7 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
     return [pair for own in pairs.values() for pair in own]
 
 
-def _snake_case(name: str) -> str:
-    """How Keras names a class in the files."""
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", name))
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-# Lists: the .h5 layout
+# Lists: the .h5 layout, and what has other names
 
 
 def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]:
@@ -225,55 +248,59 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
         return _match_list(tree, tree.list_pairs(), lists[None])
-    own = _match_list(tree, tree.own, lists.pop(files.MODEL)) if files.MODEL in lists else []
+    own = lists.pop(files.MODEL, [])
     if len(layers) != len(lists):
-        arrays = [(pair.source, pair.array) for pair in own]
-        arrays += [item for items in lists.values() for item in items]
+        arrays = [*own, *itertools.chain(*lists.values())]
         if len(arrays) == len(tree.value.weights):
             return _match_flat(tree, arrays)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.value.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.value.name))
+    found = _match_list(tree, tree.own, own) if own else []
     for layer, arrays in zip(layers, lists.values(), strict=True):
         pairs = sorted(layer.list_pairs(), key=lambda pair: not pair.weight.trainable)  # as Keras 2
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
         by_order = has_config or not (isinstance(layer.value, keras.Model) and _are_alike(pairs))
-        own += _match_list(layer, pairs, arrays, by_order)
-    return own
+        found += _match_list(layer, pairs, arrays, by_order)
+    return found
+
+
+def _match_flat(tree: Node, arrays: list[files.NamedArray], is_sure: bool = True) -> list[Pair]:
+    """Matches all arrays of a file that nests its layers in another way."""
+    pairs = tree.list_pairs()
+    doubt = "" if is_sure and not _are_alike(pairs) else _NESTED
+    return _match_list(tree, pairs, arrays, doubt=doubt)
 
 
 def _match_list(
-    node: Node, pairs: list[Pair], arrays: list[files.NamedArray], by_order: bool = True
+    node: Node,
+    pairs: list[Pair],
+    arrays: list[files.NamedArray],
+    by_order: bool = True,
+    doubt: str = "",
 ) -> list[Pair]:
-    """Matches by the names of weights and their layers, or by order where they are others."""
+    """Matches by the names of weights and their layers, by order, or by how layers are numbered."""
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
     theirs: list[tuple[str, str]] = []
     for path, _ in reversed(arrays):  # such as block/frn/gamma:0
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
         theirs.insert(0, (parents[-1] if parents else theirs[0][0] if theirs else "", name))
+    ways: list[tuple[Any, Any, str]] = [(ours, theirs, doubt)]
     # Keras 3 has given some weights other names. If it has not, another order is a mistake.
     names, given = [name for _, name in ours], [name for _, name in theirs]
-    in_order = len(ours) == len(theirs) and (names == given or set(names) != set(given))
-    reason = None
-    if _are_names(ours, theirs):
-        arrays = [arrays[theirs.index(key)] for key in ours]
-    elif not (by_order and in_order):
-        ranks, ranks_there = _rank(ours), _rank(theirs)
-        if not _are_names(ranks, ranks_there):
-            raise ValueError(
-                f"layer {node.value.name!r} has the weights {ours}, the file {theirs}: give the "
-                "layers the names and the order that they have in the file"
-            )
-        arrays = [arrays[ranks_there.index(key)] for key in ranks]
-        reason = "numbers its layers in another way"
-    rows = zip(pairs, arrays, strict=True)
-    found = [dataclasses.replace(pair, array=array, source=name) for pair, (name, array) in rows]
-    return _warn_of_order(found, reason) if reason else found
-
-
-def _are_names(ours: list[Any], theirs: list[Any]) -> bool:
-    return len(set(theirs)) == len(theirs) and set(ours) == set(theirs)
+    if by_order and (names == given or set(names) != set(given)):
+        ways.append((range(len(ours)), range(len(theirs)), doubt))
+    ways.append((_rank(ours), _rank(theirs), doubt or _NUMBERED))
+    for keys, keys_there, doubt in ways:
+        found = dict(zip(keys_there, arrays, strict=True))
+        if set(keys) == found.keys() and len(keys) == len(found) == len(arrays):
+            rows = [(pair, *found[key]) for pair, key in zip(pairs, keys, strict=True)]
+            return [Pair(pair.layer, pair.weight, a, source, doubt) for pair, source, a in rows]
+    raise ValueError(
+        f"layer {node.value.name!r} has the weights {ours}, the file {theirs}: give the "
+        "layers the names and the order that they have in the file"
+    )
 
 
 def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
@@ -281,21 +308,6 @@ def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
     parts = [(*re.findall(r"^(.*?)(?:_(\d+))?$", layer)[0], name) for layer, name in keys]
     numbers = {kind: sorted({int(n or 0) for k, n, _ in parts if k == kind}) for kind, *_ in parts}
     return [(kind, numbers[kind].index(int(n or 0)), name) for kind, n, name in parts]
-
-
-def _match_flat(tree: Node, arrays: list[files.NamedArray]) -> list[Pair]:
-    """Matches all arrays of a file that nests its layers in another way, by order."""
-    pairs = _match_list(tree, tree.list_pairs(), arrays)
-    return _warn_of_order(pairs, "nests its layers in another way") if _are_alike(pairs) else pairs
-
-
-def _warn_of_order(pairs: list[Pair], reason: str) -> list[Pair]:
-    ways = ", ".join(f"{pair.source} -> {pair.weight.path}" for pair in pairs)
-    problem = f"{reason}, so they were taken in order: {ways}. Check an output, or give the layers "
-    warnings.warn(
-        ArgumentWarning("path", f"{problem}the names that they have there."), stacklevel=6
-    )
-    return pairs
 
 
 def _are_alike(pairs: list[Pair]) -> bool:
