@@ -125,6 +125,7 @@ def test_the_model_is_compiled_as_it_was_with_an_optimizer_that_starts_fresh(cas
     with expecting("starts fresh"):
         model = load(case)
     assert int(numpy(model.optimizer.iterations)) == 0
+    model.run_eagerly = True  # to compile a step takes seconds
     # The loss before the step has nothing to do with the state of the optimizer.
     loss = model.train_on_batch(io.get("xb", xs[0]), io["yb"], return_dict=True)["loss"]
     tolerance = 2e-3 if case.startswith("half") else 2e-5

@@ -87,15 +87,15 @@ class Builder:
             raise _NamedError(f"{kind}{name} {message}") from error
 
     def _make(self, data: dict[str, Any], homes: tuple[ModuleType, ...]) -> Any:
-        names = [data.get("registered_name"), data["class_name"]]
+        # The .keras format has the name of the package apart.
+        name = str(data.get("registered_name") or data["class_name"])
         kind, config = data["class_name"].rpartition(">")[2], data["config"]
-        is_of_addons = any(str(name).startswith("Addons>") for name in names)
-        ours = {"FilterResponseNormalization": self._make_normalization, "TLU": self._make_tlu}
-        if is_of_addons and kind in ours:
-            return ours[kind](config)
-        for name in filter(None, [*names, kind]):
-            custom = keras.saving.get_registered_object(name)
-            if custom is not None:
+        if name == "Addons>FilterResponseNormalization":
+            return self._make_normalization(config)
+        if name == "Addons>TLU":
+            return self._make_tlu(config)
+        for known in (name, data["class_name"], kind):
+            if custom := keras.saving.get_registered_object(known):
                 return custom.from_config(self.revive(config, homes))
         if kind in ("Functional", "Model"):
             return self._make_functional(config)
@@ -110,7 +110,7 @@ class Builder:
         cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
         if kind in _WITH_CODE:
             raise ValueError(f"holds code, which is never run from a file. {BY_CODE}")
-        if cls is None or kind in _WITH_TABLE or is_of_addons:
+        if cls is None or kind in _WITH_TABLE or name.startswith("Addons>"):
             reason = "is not in Keras 3" if cls is None else "is not read"
             remedy = f", or pass custom_objects={{{kind!r}: its class}}"
             # A subclassed model has no name here, and no layers that could be built.

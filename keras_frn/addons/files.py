@@ -35,14 +35,21 @@ class Tree:
     arrays: dict[int, NamedArray]
     is_checkpoint: bool  # which has the order of creation; HDF5 has that of the alphabet
 
+    def find(self, path: str, root: int = 0) -> int | None:
+        """The object at a path of names, if there is one."""
+        node: int | None = root
+        for name in path.split("/"):
+            node = None if node is None else self.names[node].get(name)
+        return node
+
     def list_parts(self) -> dict[str, int]:
-        """The objects that hold arrays, as `gan/generator`: by all names, inside of the first."""
+        """The objects that hold arrays, each with its shortest path, as `gan/generator`."""
         parts, paths = {"": 0}, [""]
         for path in paths:  # which grows
             for name, node in self.names[parts[path]].items():
-                if self.names[node] and self.list_arrays(node):
-                    paths += [f"{path}/{name}".lstrip("/")] * (node not in parts.values())
-                    parts[f"{path}/{name}".lstrip("/")] = node
+                if self.names[node] and node not in parts.values() and self.list_arrays(node):
+                    paths.append(f"{path}/{name}".lstrip("/"))
+                    parts[paths[-1]] = node
         return parts
 
     def list_arrays(self, root: int) -> list[NamedArray]:

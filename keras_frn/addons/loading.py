@@ -185,18 +185,17 @@ def _assign(pairs: list[Pair], tau: str) -> None:
 
 def _compile(model: keras.Model, training: dict[str, Any]) -> str:
     """Compiles the model as it was, where Keras 3 can, and says what of it is missing."""
-    builder = Builder()
+    revive = Builder().revive
 
     def metrics(name: str) -> Any:
-        revived = builder.revive(training.get(name), (keras.metrics,))
+        revived = revive(training.get(name), (keras.metrics,))
         # Keras 2 writes a list for each output; the oldest Keras 3 wants one list for one output.
-        is_nested = isinstance(revived, list) and len(revived) == len(model.outputs) == 1
-        return revived[0] if is_nested and isinstance(revived[0], list) else revived
+        return keras.tree.flatten(revived) if revived and len(model.outputs) == 1 else revived
 
     try:
         model.compile(
-            builder.revive(training.get("optimizer_config", training.get("optimizer")), OPTIMIZERS),
-            builder.revive(training.get("loss"), (keras.losses,)),
+            revive(training.get("optimizer_config", training.get("optimizer")), OPTIMIZERS),
+            revive(training.get("loss"), (keras.losses,)),
             training.get("loss_weights"),
             metrics("metrics"),
             metrics("weighted_metrics"),

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -80,12 +80,12 @@ def explain_doubts(pairs: list[Pair]) -> list[str]:
 
 @dataclasses.dataclass
 class Node:
-    """A layer, list or dict of a model: the weights that are its own, and what is inside by name.
+    """A layer or model: the weights that are its own, and the layers in it by path, as `blocks/0`.
 
     The weights are pairs without an array. Both are in the order of Keras 2.
     """
 
-    value: Any
+    layer: keras.Layer
     own: list[Pair]
     inside: dict[str, "Node"]
 
@@ -95,47 +95,41 @@ class Node:
         return list({id(pair.weight): pair for pair in pairs}.values())
 
 
-def _list_layers(nodes: Iterable[Node]) -> list[Node]:
-    """The layers among nodes, and those in their lists and dicts, once."""
-    found: dict[int, Node] = {}
-    for node in nodes:
-        is_layer = isinstance(node.value, keras.Layer)
-        layers = [node] if is_layer else _list_layers(node.inside.values())
-        found |= {id(layer.value): layer for layer in layers}
-    return list(found.values())
+def _list_layers(value: Any, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
+    """The layers in lists and dicts, each with its path."""
+    if isinstance(value, keras.Layer):
+        yield path, value
+    elif isinstance(value, (list, tuple, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _list_layers(item, f"{path}/{key}".lstrip("/"))
 
 
-def _read_model(value: Any, members: Members) -> Node:
-    modules: dict[str, Any] = {}
-    if graph.is_graph(value):
-        items = {layer.name: layer for layer in members.get(id(value), value.layers)}
-    elif isinstance(value, keras.Layer):
+def _read_layer(layer: keras.Layer, members: Members) -> Node:
+    if graph.is_graph(layer):
+        found = {inner.name: inner for inner in members.get(id(layer), layer.layers)}
+    else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
-        modules = vars(value).get("_modules", {})
+        modules = vars(layer).get("_modules", {})
         # Keras and TensorFlow list what is in attributes again, under such names.
         again = ("_layers", "_modules", "_self_")
-        items = {k: v for k, v in (vars(value) | modules).items() if not k.startswith(again)}
-    else:
-        items = value if isinstance(value, dict) else dict(enumerate(value))
-    kinds = (keras.Layer, list, tuple, dict)
-    nodes = {str(k): _read_model(v, members) for k, v in items.items() if isinstance(v, kinds)}
-    inside = {name: node for name, node in nodes.items() if _list_layers([node])}
-    if modules:
-        order = [id(layer) for layer in value._layers]
-        first = {name: _list_layers([node])[0].value for name, node in inside.items()}
-        inside = dict(sorted(inside.items(), key=lambda item: order.index(id(first[item[0]]))))
-    inner = {id(w) for layer in _list_layers(inside.values()) for w in layer.value.weights}
-    own = [w for w in getattr(value, "weights", ()) if id(w) not in inner]  # a list has none
-    if isinstance(value, FilterResponseNormalization):
-        own.sort(key=lambda weight: weight is not value.learned_epsilon)
-    return Node(value, [Pair(value, weight) for weight in own], inside)
+        found = {k: v for k, v in (vars(layer) | modules).items() if not k.startswith(again)}
+        if modules:
+            order = [id(inner) for inner in layer._layers]
+            places = {k: [order.index(id(v)) for _, v in _list_layers(found[k])] for k in found}
+            found = {k: found[k] for k in sorted(found, key=places.__getitem__)}
+    inside = {path: _read_layer(inner, members) for path, inner in _list_layers(found)}
+    inner_weights = {id(w) for node in inside.values() for w in node.layer.weights}
+    own = [w for w in layer.weights if id(w) not in inner_weights]
+    if isinstance(layer, FilterResponseNormalization):
+        own.sort(key=lambda weight: weight is not layer.learned_epsilon)
+    return Node(layer, [Pair(layer, weight) for weight in own], inside)
 
 
 def match(
     model: keras.Model, members: Members, stored: files.Weights, part: str | None = None
 ) -> list[Pair]:
     """A `Pair` for every weight of a model; `part` is what a checkpoint calls it."""
-    tree = _read_model(model, members)
+    tree = _read_layer(model, members)
     if isinstance(stored, files.Tree):
         return _match_part(tree, stored, part)
     if part is not None:
@@ -167,17 +161,20 @@ def _check_pairs(
 def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
     """Matches a file, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
     parts = stored.list_parts()
-    if part is not None and part not in parts:
-        beside = sorted(p for p in parts if p and p.count("/") == part.count("/"))
-        raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
+    if part is not None:
+        root = stored.find(part)
+        if root is None:
+            beside = sorted(p for p in parts if p and p.count("/") == part.count("/"))
+            raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
+        parts = {part: root}
     reason: Exception | None = None
     for by_name in (True, False) if stored.is_checkpoint else (True,):
         fits: dict[tuple[int, ...], tuple[str, list[Pair]]] = {}
-        for path in parts if part is None else [part]:
-            arrays = stored.list_arrays(parts[path])
+        for path, root in parts.items():
+            arrays = stored.list_arrays(root)
             try:
                 if by_name:
-                    pairs = _match_names(tree, stored, parts[path])
+                    pairs = _match_names(tree, stored, root)
                 else:
                     pairs = _match_flat(tree, arrays, is_sure=path in ("", part))
                 _check_pairs(tree, pairs, arrays)
@@ -200,11 +197,11 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
     """Matches what has the same name in both, each layer once; HDF5 has some by their classes."""
     pairs: dict[int, list[Pair]] = {}
 
-    def visit(node: Node, number: int) -> None:
-        if id(node.value) in pairs:
+    def visit(node: Node, number: int | None) -> None:
+        if number is None or id(node.layer) in pairs:
             return
         names = stored.names[number]
-        own = pairs[id(node.value)] = []
+        own = pairs[id(node.layer)] = []
         for place, pair in enumerate(node.own):
             # A checkpoint may say more, as depthwise_kernel; HDF5 says the place alone.
             ends = (pair.weight.name, f"vars/{place}")
@@ -213,28 +210,30 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
                 source, array = stored.arrays[names[min(found, key=len)]]
                 own.append(dataclasses.replace(pair, array=array, source=source))
         inside = node.inside
-        if graph.is_graph(node.value) and "layer_with_weights-0" in names:
+        if graph.is_graph(node.layer) and "layer_with_weights-0" in names:
             weighted = [child for child in inside.values() if child.list_pairs()]
             inside = {f"layer_with_weights-{i}": child for i, child in enumerate(weighted)}
-        for name in sorted(inside.keys() & names.keys(), reverse=True):  # as HDF5 was written
-            if stored.is_checkpoint or isinstance(inside[name].value, keras.Layer):
+        if stored.is_checkpoint:
+            for path, child in inside.items():
+                visit(child, stored.find(path, number))
+            return
+        for name in sorted(names, reverse=True):  # as it was written
+            start = "" if name in ("layers", "_layer_checkpoint_dependencies") else f"{name}/"
+            if name in inside:
                 visit(inside[name], names[name])
             else:
-                visit_classes([inside[name]], names[name])
-        for name in ("layers", "_layer_checkpoint_dependencies"):
-            if name in names and not stored.is_checkpoint:
-                visit_classes([*inside.values()], names[name])
+                visit_classes([n for p, n in inside.items() if p.startswith(start)], names[name])
 
     def visit_classes(nodes: list[Node], number: int) -> None:
         # Layers of a class are counted, with gaps: conv2d, conv2d_2, ...
         names = sorted(stored.names[number], key=lambda name: (len(name), name))
-        for layer in _list_layers(nodes):
-            words = re.sub(r"\B(?=[A-Z])", "_?", type(layer.value).__name__)
+        for node in nodes:
+            words = re.sub(r"\B(?=[A-Z])", "_?", type(node.layer).__name__)
             kind = re.compile(rf"{words.lower()}(_\d+)?")
             found = next(filter(kind.fullmatch, names), None)
-            if found and id(layer.value) not in pairs:
+            if found and id(node.layer) not in pairs:
                 names.remove(found)
-                visit(layer, stored.names[number][found])
+                visit(node, stored.names[number][found])
 
     visit(tree, root)
     return [pair for own in pairs.values() for pair in own]
@@ -244,23 +243,23 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
 
 
 def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]:
-    layers = [layer for layer in _list_layers(tree.inside.values()) if layer.value.weights]
+    layers = [*{id(n.layer): n for n in tree.inside.values() if n.layer.weights}.values()]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
         return _match_list(tree, tree.list_pairs(), lists[None])
     own = lists.pop(files.MODEL, [])
     if len(layers) != len(lists):
         arrays = [*own, *itertools.chain(*lists.values())]
-        if len(arrays) == len(tree.value.weights):
+        if len(arrays) == len(tree.layer.weights):
             return _match_flat(tree, arrays)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
-    if {layer.value.name for layer in layers} == set(lists):
-        layers.sort(key=lambda layer: list(lists).index(layer.value.name))
+    if {layer.layer.name for layer in layers} == set(lists):
+        layers.sort(key=lambda layer: list(lists).index(layer.layer.name))
     found = _match_list(tree, tree.own, own) if own else []
     for layer, arrays in zip(layers, lists.values(), strict=True):
         pairs = sorted(layer.list_pairs(), key=lambda pair: not pair.weight.trainable)  # as Keras 2
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
-        by_order = has_config or not (isinstance(layer.value, keras.Model) and _are_alike(pairs))
+        by_order = has_config or not (isinstance(layer.layer, keras.Model) and _are_alike(pairs))
         found += _match_list(layer, pairs, arrays, by_order)
     return found
 
@@ -298,7 +297,7 @@ def _match_list(
             rows = [(pair, *found[key]) for pair, key in zip(pairs, keys, strict=True)]
             return [Pair(pair.layer, pair.weight, a, source, doubt) for pair, source, a in rows]
     raise ValueError(
-        f"layer {node.value.name!r} has the weights {ours}, the file {theirs}: give the "
+        f"layer {node.layer.name!r} has the weights {ours}, the file {theirs}: give the "
         "layers the names and the order that they have in the file"
     )
 
