@@ -97,7 +97,7 @@ def read(path: PathLike, name: str = "path") -> Saved:
     """Reads a file; errors call its argument `name`."""
     remedy = " Pass a complete file that TensorFlow 2.8 to 2.15 saved."
     with explain_errors(path, name, "must be a model or weights saved by Keras 2", remedy):
-        return _read(Path(path), name)
+        return _read(Path(path))
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def explain_errors(path: PathLike, name: str, rule: str, remedy: str = "") -> It
         ) from error
 
 
-def _read(path: Path, name: str) -> Saved:
+def _read(path: Path) -> Saved:
     if (path / "saved_model.pb").is_file():
         return _read_saved_model(path)
     if path.is_dir() or path.suffix == ".index" or Path(f"{path}.index").is_file():
@@ -124,21 +124,21 @@ def _read(path: Path, name: str) -> Saved:
     with path.open("rb") as file:
         start = file.read(4)
     if start == b"\x89HDF":
-        return _read_hdf5(path, name)
+        return _read_hdf5(path)
     if start[:2] == b"PK":
-        return _read_zip(path, name)
+        return _read_zip(path)
     if start[:1] == b"{":
         return Saved(json.loads(path.read_bytes()))
     raise ValueError("it is neither HDF5, zip, JSON, a SavedModel nor a checkpoint")
 
 
-def _read_zip(path: Path, name: str) -> Saved:
+def _read_zip(path: Path) -> Saved:
     with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
         if "config.json" in archive.namelist():
             metadata = json.loads(archive.read("metadata.json"))
-            _check_version(metadata.get("keras_version"), path, name)
+            _check_version(metadata.get("keras_version"))
             config = json.loads(archive.read("config.json"))
-            weights = _read_hdf5(io.BytesIO(archive.read("model.weights.h5")), name).weights
+            weights = _read_hdf5(io.BytesIO(archive.read("model.weights.h5"))).weights
             return Saved(config, config.get("compile_config"), weights)
         archive.extractall(folder)  # which writes nothing outside of the folder
         models = list(Path(folder).rglob("saved_model.pb"))
@@ -147,14 +147,13 @@ def _read_zip(path: Path, name: str) -> Saved:
         return _read_saved_model(models[0].parent)
 
 
-def _check_version(version: Any, path: Any, name: str) -> None:
+def _check_version(version: Any) -> None:
     if str(version).startswith("3"):
-        problem = f"must be a file of Keras 2. Received: {os.fspath(path)!r}, which Keras {version}"
-        remedy = "There is nothing to migrate: `keras.saving.load_model` opens it."
-        raise ArgumentError(name, f"{problem} saved. {remedy}")
+        remedy = "There is nothing to migrate: `keras.saving.load_model` opens it"
+        raise ValueError(f"Keras {version} saved it. {remedy}")
 
 
-def _read_hdf5(file: Any, name: str) -> Saved:
+def _read_hdf5(file: Any) -> Saved:
     with h5py.File(file, "r") as root:
         group = root.get("model_weights", root)
         lists: Lists = {}
@@ -163,7 +162,7 @@ def _read_hdf5(file: Any, name: str) -> Saved:
             lists[layer] = [(n, _read_array(root, group[layer], n)) for n in names]
         if "model_config" not in root.attrs:
             return Saved(weights=lists or _read_groups(root))
-        _check_version(group.attrs.get("keras_version"), file, name)
+        _check_version(group.attrs.get("keras_version"))
         config, training = root.attrs["model_config"], root.attrs.get("training_config", "null")
         return Saved(json.loads(config), json.loads(training), lists)
 

@@ -167,29 +167,31 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             beside = sorted(p for p in parts if p and p.count("/") == part.count("/"))
             raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
         parts = {part: root}
+    weights = tree.list_pairs()
     reason: Exception | None = None
     for by_name in (True, False) if stored.is_checkpoint else (True,):
-        fits: dict[tuple[int, ...], tuple[str, list[Pair]]] = {}
+        fits: dict[str, list[Pair]] = {}
         for path, root in parts.items():
             arrays = stored.list_arrays(root)
+            # What is not named by the caller, but found, and that by order, is always in doubt.
+            doubt = "" if path in ("", part) and not _are_alike(weights) else _NESTED
             try:
                 if by_name:
                     pairs = _match_names(tree, stored, root)
                 else:
-                    pairs = _match_flat(tree, arrays, is_sure=path in ("", part))
-                _check_pairs(tree, pairs, arrays)
+                    pairs = _match_list(tree, weights, arrays, doubt=doubt)
+                fits[path] = _check_pairs(tree, pairs, arrays)
             except ValueError as error:
                 reason = reason or error  # the first: of the whole, by name
-                continue
-            if path == "":
-                return pairs
-            fits.setdefault(tuple(id(pair.array) for pair in pairs), (path, pairs))
+            if "" in fits:
+                return fits[""]
+        # A part that has another one and nothing else fits like it.
+        answers = {tuple(id(pair.array) for pair in pairs) for pairs in fits.values()}
+        if len(answers) > 1:
+            problem = f"must be one of {sorted(fits)}, which all fit. Received: None."
+            raise ArgumentError("part", problem)
         if fits:
-            paths, found = zip(*fits.values(), strict=True)
-            if len(paths) > 1:
-                problem = f"must be one of {sorted(paths)}, which all fit. Received: None."
-                raise ArgumentError("part", problem)
-            return found[0]
+            return next(iter(fits.values()))
     raise ValueError(f"{reason}. Its parts: {[*parts][1:10]}")
 
 
@@ -250,8 +252,10 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
     own = lists.pop(files.MODEL, [])
     if len(layers) != len(lists):
         arrays = [*own, *itertools.chain(*lists.values())]
-        if len(arrays) == len(tree.layer.weights):
-            return _match_flat(tree, arrays)
+        pairs = tree.list_pairs()
+        if len(arrays) == len(pairs):
+            doubt = _NESTED if _are_alike(pairs) else ""
+            return _match_list(tree, pairs, arrays, doubt=doubt)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.layer.name))
@@ -262,13 +266,6 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
         by_order = has_config or not (isinstance(layer.layer, keras.Model) and _are_alike(pairs))
         found += _match_list(layer, pairs, arrays, by_order)
     return found
-
-
-def _match_flat(tree: Node, arrays: list[files.NamedArray], is_sure: bool = True) -> list[Pair]:
-    """Matches all arrays of a file that nests its layers in another way."""
-    pairs = tree.list_pairs()
-    doubt = "" if is_sure and not _are_alike(pairs) else _NESTED
-    return _match_list(tree, pairs, arrays, doubt=doubt)
 
 
 def _match_list(
