@@ -167,7 +167,6 @@ class Builder:
         model = keras.Sequential(layers, name=config.get("name"))
         if not model.built and config.get("build_input_shape"):
             model.build(tuple(self.revive(config["build_input_shape"])))
-        self.members[id(model)] = model.layers
         return model
 
     def _make_functional(self, config: dict[str, Any]) -> keras.Model:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -35,40 +35,38 @@ class Tree:
     arrays: dict[int, NamedArray]
     is_checkpoint: bool  # which has the order of creation; HDF5 has that of the alphabet
 
-    def find(self, path: str, root: int = 0) -> int | None:
-        """The object at a path of names, if there is one."""
+    def find(self, path: Iterable[str], root: int = 0) -> int | None:
+        """The object under these names, each in the one before it, if there is one."""
         node: int | None = root
-        for name in path.split("/"):
+        for name in path:
             node = None if node is None else self.names[node].get(name)
         return node
 
-    def list_parts(self) -> dict[str, int]:
-        """The objects that hold arrays, each with its shortest path, as `gan/generator`."""
-        parts, paths = {"": 0}, [""]
-        for path in paths:  # which grows
-            for name, node in self.names[parts[path]].items():
-                if self.names[node] and node not in parts.values() and self.list_arrays(node):
-                    paths.append(f"{path}/{name}".lstrip("/"))
-                    parts[paths[-1]] = node
-        return parts
+    def walk(self, root: int = 0) -> dict[int, str]:
+        """The objects in an object, in its order, each with its path, as `gan/generator`.
+
+        Optimizers and metrics are left out.
+        """
+        found: dict[int, str] = {}
+        pending = [(root, "")]
+        while pending:
+            node, path = pending.pop()
+            names = self.names[node]
+            if node not in found and not _OF_TRAINING & names.keys():
+                found[node] = path[1:]
+                inside = [(n, f"{path}/{name}") for name, n in names.items() if name not in _APART]
+                pending += reversed(inside)
+        return found
 
     def list_arrays(self, root: int) -> list[NamedArray]:
-        """The arrays of floats in an object, in its order, but for optimizers and metrics."""
-        seen: dict[int, None] = {}
-        pending = [root]
-        while pending:
-            node = pending.pop()
-            names = self.names[node]
-            if node not in seen and not _OF_TRAINING & names.keys():
-                others = ("keras_api", "metrics", "optimizer", "variables")
-                pending += reversed([n for name, n in names.items() if name not in others])
-                seen[node] = None
-        found = [self.arrays[node] for node in seen if node in self.arrays]
+        """The arrays of floats in an object, in its order."""
+        found = [self.arrays[node] for node in self.walk(root) if node in self.arrays]
         return [(name, a) for name, a in found if a.shape and a.dtype.kind == "f"]
 
 
 # What an optimizer or a metric with vectors has, and no layer.
 _OF_TRAINING = {"iter", "_iterations", "accumulator", "total_cm", "true_positives"}
+_APART = ("keras_api", "metrics", "optimizer", "variables")
 Weights: TypeAlias = Tree | Lists
 
 
@@ -171,16 +169,14 @@ def _read_groups(root: h5py.Group) -> Tree:
     tree = Tree([], {}, is_checkpoint=False)
 
     def add(group: Any, key: str) -> int:
-        number = len(tree.names)
+        number, item = len(tree.names), group[key]
         tree.names.append({})
-        item = group[key]
         if isinstance(item, h5py.Group):
-            tree.names[number] = {name: add(item, name) for name in item if name != "vars"}
-            for name in item.get("vars", ()):
-                place = add(item["vars"], name)
-                # An optimizer begins with its steps, under this name in checkpoints.
-                is_count = name == "0" and tree.arrays[place][1].dtype.kind in "iu"
-                tree.names[number]["iter" if is_count else f"vars/{name}"] = place
+            tree.names[number] = names = {name: add(item, name) for name in item}
+            # An optimizer begins with its steps, under this name in checkpoints.
+            first = tree.arrays.get(names.get("0", 0))  # 0 is the whole file
+            if first and first[1].dtype.kind in "iu":
+                names["iter"] = names.pop("0")
         else:
             tree.arrays[number] = f"{group.name}/{key}", _read_array(root, group, key)
         return number

@@ -76,11 +76,10 @@ def load_addons_model(
         with files.explain_errors(path, "path", "must hold a model that Keras 3 can build"):
             model, pairs = _build(saved, tau)
             _assign(pairs, tau)
-        message = _compile(model, saved.training) if compile and saved.training else None
+        if compile and saved.training:
+            _compile(model, saved.training)
     for doubt in explain_doubts(pairs):
         warnings.warn(ArgumentWarning("path", doubt), stacklevel=2)
-    if message:
-        warnings.warn(message, stacklevel=2)
     return model
 
 
@@ -130,7 +129,7 @@ def load_addons_weights(
         )
     saved = files.read(path)
     with files.explain_errors(path, "path", "must hold the weights of the model"):
-        pairs = match(model, {}, saved.weights, part)
+        pairs = match(model, None, saved.weights, part)
         for doubt in explain_doubts(pairs):
             warnings.warn(ArgumentWarning("path", doubt), stacklevel=2)
         _assign(pairs, tau)
@@ -183,8 +182,8 @@ def _assign(pairs: list[Pair], tau: str) -> None:
             pair.layer.finalize_state()  # takes the statistics over from the weights
 
 
-def _compile(model: keras.Model, training: dict[str, Any]) -> str:
-    """Compiles the model as it was, where Keras 3 can, and says what of it is missing."""
+def _compile(model: keras.Model, training: dict[str, Any]) -> None:
+    """Compiles the model as it was, where Keras 3 can."""
     revive = Builder().revive
 
     def metrics(name: str) -> Any:
@@ -202,8 +201,9 @@ def _compile(model: keras.Model, training: dict[str, Any]) -> str:
         )
         # Keras saves an optimizer that is not built in a way that it warns about when it loads it.
         model.optimizer.build(model.trainable_variables)
-        return f"The optimizer {model.optimizer.name!r} starts fresh: its state is not read."
+        message = f"The optimizer {model.optimizer.name!r} starts fresh: its state is not read."
     except files.reading_errors() as error:
         model.compiled = False
         problem = "The model is not compiled, as Keras 3 cannot restore the compile arguments"
-        return f"{problem}: {error}"
+        message = f"{problem}: {error}"
+    warnings.warn(message, stacklevel=3)

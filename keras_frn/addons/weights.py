@@ -19,7 +19,7 @@ from ..errors import ArgumentError
 from ..layers import TLU, FilterResponseNormalization
 from . import files
 
-Members = Mapping[int, list[Any]]  # as in `config.Builder`
+Members = Mapping[int, list[Any]] | None  # as in `config.Builder`, if there is a config
 _ORDER = "its layers in another way, so they were taken in order: {}. Check an output, or give "
 _ORDER += "the layers the names that they have there."
 _NESTED, _NUMBERED = f"nests {_ORDER}", f"numbers {_ORDER}"
@@ -80,14 +80,15 @@ def explain_doubts(pairs: list[Pair]) -> list[str]:
 
 @dataclasses.dataclass
 class Node:
-    """A layer or model: the weights that are its own, and the layers in it by path, as `blocks/0`.
+    """A layer or model: the weights that are its own, and the layers in it by their names.
 
-    The weights are pairs without an array. Both are in the order of Keras 2.
+    The layers in a list have two names, as `blocks` and `0`. The weights are pairs without an
+    array. Both are in the order of Keras 2.
     """
 
     layer: keras.Layer
     own: list[Pair]
-    inside: dict[str, "Node"]
+    inside: dict[tuple[str, ...], "Node"]
 
     def list_pairs(self) -> list[Pair]:
         """Every weight once, those of a layer before those inside."""
@@ -95,18 +96,18 @@ class Node:
         return list({id(pair.weight): pair for pair in pairs}.values())
 
 
-def _list_layers(value: Any, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
-    """The layers in lists and dicts, each with its path."""
+def _list_layers(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], keras.Layer]]:
+    """The layers in lists and dicts, each with its names."""
     if isinstance(value, keras.Layer):
         yield path, value
     elif isinstance(value, (list, tuple, dict)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _list_layers(item, f"{path}/{key}".lstrip("/"))
+            yield from _list_layers(item, *path, str(key))
 
 
 def _read_layer(layer: keras.Layer, members: Members) -> Node:
     if graph.is_graph(layer):
-        found = {inner.name: inner for inner in members.get(id(layer), layer.layers)}
+        found = {inner.name: inner for inner in (members or {}).get(id(layer), layer.layers)}
     else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
         modules = vars(layer).get("_modules", {})
@@ -134,7 +135,7 @@ def match(
         return _match_part(tree, stored, part)
     if part is not None:
         raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
-    return _check_pairs(tree, _match_lists(tree, stored, has_config=bool(members)))
+    return _check_pairs(tree, _match_lists(tree, stored, has_config=members is not None))
 
 
 def _check_pairs(
@@ -160,18 +161,18 @@ def _check_pairs(
 
 def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
     """Matches a file, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
-    parts = stored.list_parts()
+    parts = {n: p for n, p in stored.walk().items() if stored.names[n] and stored.list_arrays(n)}
     if part is not None:
-        root = stored.find(part)
-        if root is None:
-            beside = sorted(p for p in parts if p and p.count("/") == part.count("/"))
+        given = stored.find(part.split("/"))
+        if given is None:
+            beside = sorted(p for p in parts.values() if p and p.count("/") == part.count("/"))
             raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
-        parts = {part: root}
+        parts = {given: part}
     weights = tree.list_pairs()
     reason: Exception | None = None
     for by_name in (True, False) if stored.is_checkpoint else (True,):
         fits: dict[str, list[Pair]] = {}
-        for path, root in parts.items():
+        for root, path in parts.items():
             arrays = stored.list_arrays(root)
             # What is not named by the caller, but found, and that by order, is always in doubt.
             doubt = "" if path in ("", part) and not _are_alike(weights) else _NESTED
@@ -192,7 +193,7 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             raise ArgumentError("part", problem)
         if fits:
             return next(iter(fits.values()))
-    raise ValueError(f"{reason}. Its parts: {[*parts][1:10]}")
+    raise ValueError(f"{reason}. Its parts: {[*parts.values()][1:10]}")
 
 
 def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
@@ -205,26 +206,28 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
         names = stored.names[number]
         own = pairs[id(node.layer)] = []
         for place, pair in enumerate(node.own):
-            # A checkpoint may say more, as depthwise_kernel; HDF5 says the place alone.
-            ends = (pair.weight.name, f"vars/{place}")
-            found = [key for key, n in names.items() if key.endswith(ends) and n in stored.arrays]
+            # HDF5 says the place alone; a checkpoint may say more, as depthwise_kernel.
+            ends = [(key,) for key in sorted(names, key=len) if key.endswith(pair.weight.name)]
+            keys = ends if stored.is_checkpoint else [("vars", str(place))]
+            found = [n for key in keys if (n := stored.find(key, number)) in stored.arrays]
             if found:
-                source, array = stored.arrays[names[min(found, key=len)]]
+                source, array = stored.arrays[found[0]]
                 own.append(dataclasses.replace(pair, array=array, source=source))
         inside = node.inside
         if graph.is_graph(node.layer) and "layer_with_weights-0" in names:
             weighted = [child for child in inside.values() if child.list_pairs()]
-            inside = {f"layer_with_weights-{i}": child for i, child in enumerate(weighted)}
+            inside = {(f"layer_with_weights-{i}",): child for i, child in enumerate(weighted)}
         if stored.is_checkpoint:
             for path, child in inside.items():
                 visit(child, stored.find(path, number))
             return
         for name in sorted(names, reverse=True):  # as it was written
-            start = "" if name in ("layers", "_layer_checkpoint_dependencies") else f"{name}/"
-            if name in inside:
-                visit(inside[name], names[name])
+            is_all = name in ("layers", "_layer_checkpoint_dependencies")
+            if (name,) in inside:
+                visit(inside[name,], names[name])
             else:
-                visit_classes([n for p, n in inside.items() if p.startswith(start)], names[name])
+                among = [n for path, n in inside.items() if is_all or path[0] == name]
+                visit_classes(among, names[name])
 
     def visit_classes(nodes: list[Node], number: int) -> None:
         # Layers of a class are counted, with gaps: conv2d, conv2d_2, ...
