@@ -50,8 +50,8 @@ def export_tflite(
     data each input channel is first scaled to unit root mean square, through the filters of the
     layer before it, which changes nothing in float; and `"int8"` and `"int16x8"` normalize twice,
     coarsely and then exactly, where samples differ more than integers resolve. In both 8-bit
-    presets the rarest 2 of 10,000 values before a normalization saturate. The model given stays as
-    it is.
+    presets the rarest 2 of 10,000 values before a normalization saturate; in `"int16x8"` ranges are
+    twice as wide as on the calibration data. The model given stays as it is.
 
     Args:
         model: A built Keras model. A functional, Sequential or nested one is exported through a
@@ -66,7 +66,7 @@ def export_tflite(
               and a warning name the operators that have no integer form.
             - `"int8_float_statistics"`: convolutions and dense layers in 8-bit integers, the rest
               in float.
-            - `"int16x8"`: 16-bit activations and 8-bit weights.
+            - `"int16x8"`: 16-bit activations and 8-bit weights, for NPUs.
         calibration_data: Inputs like those at inference, without labels; 100 to 500 samples are
             enough, and at most 2048 are used. An array, a list or dict of arrays for several
             inputs, a tuple `(inputs, targets)`, a `tf.data.Dataset`, a `keras.utils.PyDataset`, an
@@ -90,7 +90,7 @@ def export_tflite(
             computes something else than a float32 model, or if the backend is not TensorFlow. A
             file that was there before stays as it was.
         OSError: if the file or the temporary folder cannot be written.
-        ImportError: if LiteRT, or for the 8-bit presets ai-edge-quantizer, is not installed.
+        ImportError: if LiteRT, or for the integer presets ai-edge-quantizer, is not installed.
 
     Example:
 

@@ -58,13 +58,11 @@ def convert(
             return by_converter(scheme), []
         content = by_converter(PRESETS[None])
         if "WHILE" in LiteRT(content, is_plain=True).count_operators():
-            # The converter does not survive one in int16x8.
+            # TensorFlow's converter does not survive one in int16x8.
             raise ConversionError(
                 "a loop has no integer form. Build recurrent layers with unroll=True, or use "
                 "'dynamic'."
             )
-        if not scheme.quantizer_operators:
-            return by_converter(scheme, integer_io), []
         reused = LiteRT(content, is_plain=True).find_reused_outputs()
         if reused:
             _save(model, specs, folder, reused)
@@ -79,7 +77,7 @@ def convert(
             in_float, reason = {"every operator": 1}, str(error)
         if not in_float or not scheme.is_integer:
             return content, []
-        note = f"quantized by TensorFlow's converter: {reason} There rare values do not saturate."
+        note = f"quantized by TensorFlow's converter: {reason} Ranges are those of the data."
         return by_converter(scheme, integer_io), [note]
 
 
@@ -194,13 +192,17 @@ def _by_quantizer(
 ) -> bytes:
     qtyping, ai_edge = import_quantizer()
     runtime = LiteRT(content, [spec.name for spec in inputs], is_plain=True)
-    ranges = measure_ranges(runtime, samples)
-    quantizer = ai_edge.Quantizer(correct_biases(content, runtime, samples, ranges))
+    ranges = measure_ranges(runtime, samples, scheme.headroom)
+    if (
+        scheme.bits == 8
+    ):  # 16 are fine enough, and what is right on average may be wrong for a sample
+        content = correct_biases(content, runtime, samples, ranges)
+    quantizer = ai_edge.Quantizer(content)
     operator = qtyping.TFLOperationName
     ends = [operator.INPUT, operator.OUTPUT]
     chosen = [operator[name] for name in scheme.quantizer_operators]
     for name in chosen + (ends if integer_io else []):
-        quantizer.add_static_config(".*", name, activation_num_bits=8, weight_num_bits=8)
+        quantizer.add_static_config(".*", name, activation_num_bits=scheme.bits, weight_num_bits=8)
     if not integer_io:
         for name in ends:
             quantizer.update_quantization_recipe(".*", name, algorithm_key="no_quantize")

@@ -24,6 +24,9 @@ class Scheme:
     # integers. It writes the file if there are any.
     converter_operators: str | None = None
     quantizer_operators: tuple[str, ...] = ()
+    # How many times wider than on the calibration data the ranges of activations are. 8 bits have
+    # none to spare: there the rarest values saturate.
+    headroom: float = 1.0
     # Whether every operator shall be in integers.
     is_integer: bool = False
     # The least number that a constant may be: epsilon becomes 0 below it.
@@ -35,6 +38,11 @@ class Scheme:
     def is_calibrated(self) -> bool:
         """Whether ranges of activations are measured on calibration data."""
         return self.activations is not None
+
+    @property
+    def bits(self) -> int:
+        """The bits of an activation in integers."""
+        return 16 if self.activations == "int16" else 8
 
 
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "FULLY_CONNECTED")
@@ -55,6 +63,8 @@ PRESETS: dict[Preset | None, Scheme] = {
         bound=0.1,
         activations="int16",
         converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
+        quantizer_operators=("ALL_SUPPORTED",),
+        headroom=2.0,
         is_integer=True,
         floor=1 / 1024,
     ),

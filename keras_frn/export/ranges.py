@@ -1,6 +1,6 @@
 """The ranges of activations that ai-edge-quantizer quantizes by, without the rarest values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ __all__ = ["CHANNELS", "LEAST_SPAN", "Product", "Range", "find_products", "measu
 
 # The fraction of a tensor's values that saturate on either side, and the bins that find it.
 _RARE, _BINS = 2e-4, 4096
+# LiteRT's RSQRT of 16 bits interpolates in a table of its range: all but the first share of what it
+# reads shall be above the second share of that.
+_LEAST, _RESOLVED = 0.01, 1 / 16
 # What the names of operators contain that add up several positions or channels.
 _MIXING = ("CONV", "FULLY_CONNECTED", "MATMUL", "MEAN", "SUM", "POOL")
 # The axis of the channels in the filters of the operators that add a bias.
@@ -26,7 +29,7 @@ LEAST_SPAN = 1e-9
 Range = dict[str, Array]
 
 
-def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
+def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> dict[str, Range]:
     """Returns the range of each float tensor that is computed, by name, as the quantizer wants it.
 
     Saturating the rarest values of a full-size tensor makes the steps of the others finer. On two
@@ -35,44 +38,69 @@ def measure_ranges(runtime: LiteRT, samples: Samples) -> dict[str, Range]:
     they are computed from position by position, and what no normalization follows: the peaks of a
     detector's output are rare, and what matters. A constant
     has its own range, channel by channel, but for filters that are tiny beside their bias.
+
+    With a `headroom` above 1 nothing saturates, and each range is as many times wider than on the
+    samples, which other inputs exceed. The input of RSQRT gets what that resolves.
     """
     operators, interpreter = runtime.list_operators(), runtime.interpreter
     computed = {i for operator in operators for i in operator["outputs"]}
     computed |= {detail["index"] for detail in interpreter.get_input_details()}
-    saturating = _find_before_normalizations(operators)
-    saturating -= _find_outputs(operators, {d["index"] for d in interpreter.get_output_details()})
-    limits: dict[str, tuple[Any, Any]] = {}
-    counts: dict[str, Any] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def each_tensor() -> Iterator[tuple[int, str, Array]]:
-        for batch in samples:
-            runtime(*batch)
-            for detail in interpreter.get_tensor_details():
-                if detail["dtype"] == np.float32 and detail["index"] in computed:
-                    values = interpreter.get_tensor(detail["index"])
-                    shapes[detail["name"]] = values.shape
-                    # An infinity, as in the mask of an attention, is beyond any range.
-                    finite = values if np.isfinite(values).all() else values[np.isfinite(values)]
-                    yield detail["index"], detail["name"], finite
-
-    for _, name, values in each_tensor():
+    limits: dict[int, tuple[Any, Any]] = {}
+    for i, values in _each_tensor(runtime, samples, computed):
         # With zero, as the quantizer does; in float64, which divides any range of float32.
-        low, high = limits.get(name, (0.0, 0.0))
-        limits[name] = np.float64(values.min(initial=low)), np.float64(values.max(initial=high))
-    for index, name, values in each_tensor():
-        is_full_size = np.prod(shapes[name][1:-1]) > 1  # not one number per channel
-        if index in saturating and is_full_size:
-            count, _ = np.histogram(values, _BINS, limits[name])
-            counts[name] = counts.get(name, 0) + count
-    ranges = {}
-    for name, (low, high) in limits.items():
-        if name in counts:
-            low, high = _clip(counts[name], low, high)
+        low, high = limits.get(i, (0.0, 0.0))
+        limits[i] = np.float64(values.min(initial=low)), np.float64(values.max(initial=high))
+    details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
+    if headroom > 1:
+        roots = [op for op in operators if op["op_name"] == "RSQRT"]
+        read = {i for op in roots for i in op["inputs"]} & limits.keys()
+        factors = dict.fromkeys(limits, headroom)
+        for i, count in _count(runtime, samples, read, limits).items():
+            least = np.searchsorted(np.cumsum(count), _LEAST * count.sum()) / _BINS
+            factors[i] = np.clip(least / _RESOLVED, 1, headroom)
+        # The table has the end of the range for zero, and so makes what is next to it too large.
+        factors |= {i: 1.0 for op in roots for i in op["outputs"]}
+        limits = {i: (factors[i] * low, factors[i] * high) for i, (low, high) in limits.items()}
+    else:
+        outputs = {detail["index"] for detail in interpreter.get_output_details()}
+        saturating = _find_before_normalizations(operators) - _find_outputs(operators, outputs)
+        # Not what is one number per channel.
+        saturating = {i for i in saturating if np.prod(details[i]["shape"][1:-1]) > 1}
+        for i, count in _count(runtime, samples, saturating, limits).items():
+            limits[i] = _clip(count, *limits[i])
+    ranges: dict[str, Range] = {}
+    largest = np.finfo("f4").max
+    for i, (low, high) in limits.items():
         # Of the tensor's rank, as the quantizer wants them.
-        shape = (1,) * len(shapes[name])
-        ranges[name] = {"min": np.full(shape, low, "f4"), "max": np.full(shape, high, "f4")}
+        shape = (1,) * len(details[i]["shape"])
+        low, high = np.clip([low, high], -largest, largest)
+        ends = {"min": np.full(shape, low, "f4"), "max": np.full(shape, high, "f4")}
+        ranges[details[i]["name"]] = ends
     return ranges | _widen_filters(runtime, ranges)
+
+
+def _each_tensor(
+    runtime: LiteRT, samples: Samples, chosen: Collection[int]
+) -> Iterator[tuple[int, Array]]:
+    """The finite numbers of float tensors, batch by batch."""
+    for batch in samples:
+        runtime(*batch)
+        for detail in runtime.interpreter.get_tensor_details():
+            if detail["dtype"] == np.float32 and detail["index"] in chosen:
+                values = runtime.interpreter.get_tensor(detail["index"])
+                # An infinity, as in the mask of an attention, is beyond any range.
+                finite = values if np.isfinite(values).all() else values[np.isfinite(values)]
+                yield detail["index"], finite
+
+
+def _count(
+    runtime: LiteRT, samples: Samples, chosen: Collection[int], limits: Mapping[int, Any]
+) -> dict[int, Array]:
+    """Histograms of tensors between their limits."""
+    counts: dict[int, Array] = {}
+    for i, values in _each_tensor(runtime, samples, chosen):
+        counts[i] = counts.get(i, 0) + np.histogram(values, _BINS, limits[i])[0]
+    return counts
 
 
 class Product(NamedTuple):
