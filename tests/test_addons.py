@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import sys
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from keras_frn.addons.operators import call_operator
 
 pytestmark = pytest.mark.once
 MODELS = Path(__file__).parent / "addons_models"
+CHECKPOINT = ("ckpt", "ckpt/ckpt", "ckpt/ckpt.index")  # one, named in three ways
 FILES = ("model.h5", "model.keras", "saved_model.zip", "legacy_weights.h5", "v3.weights.h5", "ckpt")
 CASES = sorted(
     f"{folder.name}/{name}"
@@ -246,20 +246,12 @@ def own_model(axis=(1, 2, 3)):
 
 
 @pytest.mark.each_backend
-@pytest.mark.parametrize("name", ["model.h5", "model.keras", "saved_model.zip", "ckpt"])
+@pytest.mark.parametrize("name", ["model.h5", "model.keras", "saved_model.zip", *CHECKPOINT])
 def test_weights_load_into_a_model_built_in_code(name):
     _, xs, ys, _ = expected_of("frn_tlu")
     model = own_model()
-    load_addons_weights(model, MODELS / "frn_tlu" / name)
+    load_addons_weights(model, str(MODELS / "frn_tlu" / name))
     close(numpy(model(xs[0])), ys[0], 2e-5)
-
-
-def test_a_checkpoint_is_named_in_three_ways():
-    _, xs, ys, _ = expected_of("frn_tlu")
-    for name in ("ckpt", "ckpt/ckpt", "ckpt/ckpt.index"):
-        model = own_model()
-        load_addons_weights(model, str(MODELS / "frn_tlu" / name))
-        close(numpy(model(xs[0])), ys[0], 2e-5)
 
 
 @pytest.mark.parametrize("name", ["model.h5", "model.keras", "saved_model.zip", "ckpt"])
@@ -469,24 +461,31 @@ def test_other_functions_of_tensorflow_are_refused():
             call_operator(function, None, keras.Input((2,)), {"y": 1.0})
 
 
-def test_statistics_of_normalization_are_used_at_once():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Normalization(name="n")])
-    groups = [
-        np.array([1.0, -2.0], "f4"),
-        np.array([4.0, 0.25], "f4"),
-        np.array(9, "i8"),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.h5"
-        with h5py.File(path, "w") as file:
-            file.attrs["layer_names"] = np.array([b"n"])
-            group = file.create_group("n")
-            names = [b"n/mean:0", b"n/variance:0", b"n/count:0"]
-            group.attrs["weight_names"] = np.array(names)
-            for name, array in zip(names, groups, strict=True):
-                group[name.decode()] = array
-        load_addons_weights(model, path)
-    close(numpy(model(np.array([[3.0, -2.5]], "f4"))), np.array([[1.0, -1.0]]), 1e-6)
+def test_statistics_of_normalization_are_used_at_once(tmp_path):
+    path = weights_file(tmp_path / "w.h5", n="n/mean n/variance n/count")
+    with h5py.File(path, "r+") as file:
+        del file["n/n/count:0"]
+        file["n/n/count:0"] = 9
+    layer = keras.layers.Normalization(name="n")
+    load_addons_weights(model_of(layer), path)
+    # The mean is 0 and the variance 1.
+    x = np.full((1, 2, 2, 3), 3.0, "f4")
+    close(numpy(layer(x)), x, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"type": "ndarray", "value": [1, 2], "dtype": "float32"}, [1, 2]),
+        ({"class_name": "__numpy__", "config": {"value": [1, 2], "dtype": "float32"}}, [1, 2]),
+        ({"class_name": "__tuple__", "items": [1, 2]}, (1, 2)),
+        ({"class_name": "function", "config": "own"}, close),
+    ],
+)
+def test_values_in_configs(value, expected):
+    with keras.saving.custom_object_scope({"own": close}):
+        found = Builder().revive({"key": value})["key"]
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

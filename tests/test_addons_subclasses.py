@@ -206,9 +206,10 @@ def test_a_flat_model_gets_the_weights_of_nested_layers_by_order(folder, name):
     model = flat_net()
     with pytest.warns(
         UserWarning, match=r"`path` nests its layers .*net/conv2d/kernel.* -> conv2d"
-    ):
+    ) as told:
         y, io = load(folder, name, model)
     close(y, io["net"], 2e-5)
+    assert told[0].filename == __file__  # the line that calls the public function
 
 
 def nested_net():

@@ -100,7 +100,7 @@ class Builder:
         if kind in ("Functional", "Model"):
             return self._make_functional(config)
         if kind == "Sequential":
-            return self._make_sequential(config)
+            return keras.Sequential(self.revive(config["layers"]), name=config.get("name"))
         if kind.startswith("LossScaleOptimizer"):
             inner = self.revive(config["inner_optimizer"], homes)
             return keras.optimizers.LossScaleOptimizer(inner)
@@ -161,13 +161,6 @@ class Builder:
         return self.tlus[-1]
 
     # Models
-
-    def _make_sequential(self, config: dict[str, Any]) -> keras.Model:
-        layers = [self.revive(data) for data in config["layers"]]
-        model = keras.Sequential(layers, name=config.get("name"))
-        if not model.built and config.get("build_input_shape"):
-            model.build(tuple(self.revive(config["build_input_shape"])))
-        return model
 
     def _make_functional(self, config: dict[str, Any]) -> keras.Model:
         layers: dict[str, Any] = {}

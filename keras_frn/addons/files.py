@@ -43,10 +43,7 @@ class Tree:
         return node
 
     def walk(self, root: int = 0) -> dict[int, str]:
-        """The objects in an object, in its order, each with its path, as `gan/generator`.
-
-        Optimizers and metrics are left out.
-        """
+        """The objects in one and their paths, as `gan/generator`, but no optimizers or metrics."""
         found: dict[int, str] = {}
         pending = [(root, "")]
         while pending:

@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -135,12 +135,12 @@ def match(
         return _match_part(tree, stored, part)
     if part is not None:
         raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
-    return _check_pairs(tree, _match_lists(tree, stored, has_config=members is not None))
+    pairs = _match_lists(tree, stored, has_config=members is not None)
+    _check_pairs(tree, pairs, [])
+    return pairs
 
 
-def _check_pairs(
-    tree: Node, pairs: list[Pair], arrays: Iterable[files.NamedArray] = ()
-) -> list[Pair]:
+def _check_pairs(tree: Node, pairs: list[Pair], arrays: list[files.NamedArray]) -> None:
     """Checks that no weight and none of the arrays is left over, and that shapes agree."""
     found = {id(pair.weight) for pair in pairs}
     for pair in tree.list_pairs():
@@ -153,7 +153,6 @@ def _check_pairs(
         raise ValueError(f"{problem}: its layers must be those of the file")
     for pair in pairs:
         pair.value("per_channel_mean")
-    return pairs
 
 
 # Trees
@@ -180,8 +179,9 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
                 if by_name:
                     pairs = _match_names(tree, stored, root)
                 else:
-                    pairs = _match_list(tree, weights, arrays, doubt=doubt)
-                fits[path] = _check_pairs(tree, pairs, arrays)
+                    pairs = _match_list(tree, weights, arrays, doubt)
+                _check_pairs(tree, pairs, arrays)
+                fits[path] = pairs
             except ValueError as error:
                 reason = reason or error  # the first: of the whole, by name
             if "" in fits:
@@ -198,13 +198,14 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
 
 def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
     """Matches what has the same name in both, each layer once; HDF5 has some by their classes."""
-    pairs: dict[int, list[Pair]] = {}
+    pairs: list[Pair] = []
+    seen: set[int] = set()
 
     def visit(node: Node, number: int | None) -> None:
-        if number is None or id(node.layer) in pairs:
+        if number is None or id(node.layer) in seen:
             return
+        seen.add(id(node.layer))
         names = stored.names[number]
-        own = pairs[id(node.layer)] = []
         for place, pair in enumerate(node.own):
             # HDF5 says the place alone; a checkpoint may say more, as depthwise_kernel.
             ends = [(key,) for key in sorted(names, key=len) if key.endswith(pair.weight.name)]
@@ -212,7 +213,7 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
             found = [n for key in keys if (n := stored.find(key, number)) in stored.arrays]
             if found:
                 source, array = stored.arrays[found[0]]
-                own.append(dataclasses.replace(pair, array=array, source=source))
+                pairs.append(dataclasses.replace(pair, array=array, source=source))
         inside = node.inside
         if graph.is_graph(node.layer) and "layer_with_weights-0" in names:
             weighted = [child for child in inside.values() if child.list_pairs()]
@@ -236,12 +237,12 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
             words = re.sub(r"\B(?=[A-Z])", "_?", type(node.layer).__name__)
             kind = re.compile(rf"{words.lower()}(_\d+)?")
             found = next(filter(kind.fullmatch, names), None)
-            if found and id(node.layer) not in pairs:
+            if found and id(node.layer) not in seen:
                 names.remove(found)
                 visit(node, stored.names[number][found])
 
     visit(tree, root)
-    return [pair for own in pairs.values() for pair in own]
+    return pairs
 
 
 # Lists: the .h5 layout, and what has other names
@@ -258,7 +259,7 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
         pairs = tree.list_pairs()
         if len(arrays) == len(pairs):
             doubt = _NESTED if _are_alike(pairs) else ""
-            return _match_list(tree, pairs, arrays, doubt=doubt)
+            return _match_list(tree, pairs, arrays, doubt)
         raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
     if {layer.layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.layer.name))
@@ -266,36 +267,35 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
     for layer, arrays in zip(layers, lists.values(), strict=True):
         pairs = sorted(layer.list_pairs(), key=lambda pair: not pair.weight.trainable)  # as Keras 2
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
-        by_order = has_config or not (isinstance(layer.layer, keras.Model) and _are_alike(pairs))
-        found += _match_list(layer, pairs, arrays, by_order)
+        is_model = isinstance(layer.layer, keras.Model) and not has_config
+        found += _match_list(layer, pairs, arrays, None if is_model and _are_alike(pairs) else "")
     return found
 
 
 def _match_list(
-    node: Node,
-    pairs: list[Pair],
-    arrays: list[files.NamedArray],
-    by_order: bool = True,
-    doubt: str = "",
+    node: Node, pairs: list[Pair], arrays: list[files.NamedArray], doubt: str | None = ""
 ) -> list[Pair]:
-    """Matches by the names of weights and their layers, by order, or by how layers are numbered."""
+    """Matches by the names of weights and their layers, by order, or by how layers are numbered.
+
+    The order is not used if `doubt` is None.
+    """
     ours = [(pair.layer.name, pair.weight.name) for pair in pairs]
     theirs: list[tuple[str, str]] = []
     for path, _ in reversed(arrays):  # such as block/frn/gamma:0
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
         theirs.insert(0, (parents[-1] if parents else theirs[0][0] if theirs else "", name))
-    ways: list[tuple[Any, Any, str]] = [(ours, theirs, doubt)]
+    ways: list[tuple[Any, Any, str]] = [(ours, theirs, doubt or "")]
     # Keras 3 has given some weights other names. If it has not, another order is a mistake.
     names, given = [name for _, name in ours], [name for _, name in theirs]
-    if by_order and (names == given or set(names) != set(given)):
+    if doubt is not None and (names == given or set(names) != set(given)):
         ways.append((range(len(ours)), range(len(theirs)), doubt))
     ways.append((_rank(ours), _rank(theirs), doubt or _NUMBERED))
-    for keys, keys_there, doubt in ways:
+    for keys, keys_there, reason in ways:
         found = dict(zip(keys_there, arrays, strict=True))
         if set(keys) == found.keys() and len(keys) == len(found) == len(arrays):
             rows = [(pair, *found[key]) for pair, key in zip(pairs, keys, strict=True)]
-            return [Pair(pair.layer, pair.weight, a, source, doubt) for pair, source, a in rows]
+            return [Pair(pair.layer, pair.weight, a, source, reason) for pair, source, a in rows]
     raise ValueError(
         f"layer {node.layer.name!r} has the weights {ours}, the file {theirs}: give the "
         "layers the names and the order that they have in the file"
