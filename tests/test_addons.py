@@ -462,15 +462,16 @@ def test_other_functions_of_tensorflow_are_refused():
 
 
 def test_statistics_of_normalization_are_used_at_once(tmp_path):
-    path = weights_file(tmp_path / "w.h5", n="n/mean n/variance n/count")
+    path = weights_file(tmp_path / "w.h5", first="first/gamma", n="n/mean n/variance n/count")
     with h5py.File(path, "r+") as file:
         del file["n/n/count:0"]
         file["n/n/count:0"] = 9
     layer = keras.layers.Normalization(name="n")
-    load_addons_weights(model_of(layer), path)
-    # The mean is 0 and the variance 1.
-    x = np.full((1, 2, 2, 3), 3.0, "f4")
-    close(numpy(layer(x)), x, 1e-6)
+    load_addons_weights(
+        model_of(keras.layers.LayerNormalization(center=False, name="first"), layer), path
+    )
+    x = np.full((1, 2, 2, 3), 3.0, "f4")  # the mean is 1 and the variance 2
+    close(numpy(layer(x)), (x - 1) / 2**0.5, 1e-6)
 
 
 @pytest.mark.parametrize(
