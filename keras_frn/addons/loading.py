@@ -122,11 +122,8 @@ def load_addons_weights(
     """
     _check_tau(tau, ("auto", "per_channel_mean"), "Choose TLU(axis=...) in the model")
     if not isinstance(model, keras.Model) or not model.built:
-        raise ArgumentError(
-            "model",
-            f"must be a built keras.Model. Received: {model!r}. Give it an input shape, or call it "
-            "once.",
-        )
+        remedy = "Give it an input shape, or call it once"
+        raise ArgumentError("model", f"must be a built keras.Model. Received: {model!r}. {remedy}.")
     saved = files.read(path)
     with files.explain_errors(path, "path", "must hold the weights of the model"):
         pairs = match(model, None, saved.weights, part)

@@ -155,9 +155,6 @@ def _check_pairs(tree: Node, pairs: list[Pair], arrays: list[files.NamedArray]) 
         pair.value("per_channel_mean")
 
 
-# Trees
-
-
 def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
     """Matches a file, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
     parts = {n: p for n, p in stored.walk().items() if stored.names[n] and stored.list_arrays(n)}
@@ -245,10 +242,8 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
     return pairs
 
 
-# Lists: the .h5 layout, and what has other names
-
-
 def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]:
+    """Matches the lists of an .h5 file by layer, or all as one if it nests them in another way."""
     layers = [*{id(n.layer): n for n in tree.inside.values() if n.layer.weights}.values()]
     lists = {name: arrays for name, arrays in lists.items() if arrays}
     if set(lists) == {None}:
