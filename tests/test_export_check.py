@@ -10,6 +10,9 @@ from exporting import (
 from keras import layers
 
 from keras_frn.export import export_tflite
+from keras_frn.export.check import check_outputs, find_bound
+from keras_frn.export.signature import specs_of
+from keras_frn.samples import Samples
 
 pytestmark = exports
 pytest.importorskip("ai_edge_litert")
@@ -69,6 +72,19 @@ def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
             calibration_data=images(rng, 500, (16,)),
         )
     assert report.max_error > 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
+@pytest.mark.parametrize("is_ill_conditioned", [False, True])
+def test_float_file_near_its_limit_warns_if_roundings_are_amplified(is_ill_conditioned, rng):
+    model, x = small_model(), images(rng, 16)
+    if is_ill_conditioned:
+        blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
+        model, x = keras.Sequential([keras.Input((16,)), *blocks]), images(rng, 500, (16,))
+    specs = specs_of(model, None)
+    samples = Samples(model, x, keras.tree.flatten(specs))
+    doubts = check_outputs(model, specs, samples, None, 0.8 * find_bound(model, None), None)
+    assert ["amplifies roundings" in text for text in doubts] == [True] * is_ill_conditioned
 
 
 def test_nan_from_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):

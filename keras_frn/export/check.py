@@ -114,7 +114,7 @@ def check_outputs(
     bound = find_bound(model, quantization)
     # Samples that are not compared may be off by more, 1.4 times in a random model: a warning comes
     # at half of the bound.
-    if fraction <= (bound if quantization is None else bound / 2):
+    if fraction <= bound / 2:
         return []
     text = (
         f"the outputs differ from the model's by up to {fraction:.2g} of their range, and "
@@ -127,6 +127,8 @@ def check_outputs(
             f"{text} The model amplifies roundings: changed in the sixth digit, its weights give "
             "such differences in any runtime. A normalization of one position should learn epsilon."
         ]
+    if fraction <= bound:
+        return []
     name = _find_first_wrong(model, specs, samples, bound, write_part)
     raise ValueError(
         f"`model` must become a file that computes the same. Received: {model.name}; {text} "
