@@ -39,12 +39,12 @@ class Block(layers.Layer):
 
 
 class Net(keras.Model):
-    def __init__(self):
+    def __init__(self, filters=6):
         super().__init__()
         self.stem = layers.Conv2D(4, 3)
         self.frn = FilterResponseNormalization(learned_epsilon=True)
         self.tlu = TLU(axis=(1, 2, 3))
-        self.blocks = [Block(4), Block(6)]
+        self.blocks = [Block(4), Block(filters)]
         self.pool = layers.GlobalAveragePooling2D()
         self.tail = keras.Sequential([layers.ReLU(), layers.Dense(5, name="dense")])
         self.heads = {"a": layers.Dense(3), "b": layers.Dense(2)}
@@ -154,6 +154,11 @@ def test_a_part_is_chosen_by_name_if_several_fit(folder):
         load(folder, "deeper/ckpt", part="trainer/x")
     with pytest.raises(ValueError, match=r"`part` must be None for a file without parts"):
         load(folder, "net.h5", part="model")
+
+
+def test_what_is_wrong_in_the_part_that_is_most_like_the_model_is_said(folder):
+    with pytest.raises(ValueError, match=r"weight '.*conv.*' has shape \(3, 3, 4, 7\), not \(3, "):
+        load(folder, "model/ckpt", Net(filters=7))
 
 
 def flat(**names):

@@ -165,13 +165,14 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
         parts = {given: part}
     weights = tree.list_pairs()
-    reason: Exception | None = None
+    failures: list[tuple[int, Exception]] = []
     for by_name in (True, False) if stored.is_checkpoint else (True,):
         fits: dict[str, list[Pair]] = {}
         for root, path in parts.items():
             arrays = stored.list_arrays(root)
             # What is not named by the caller, but found, and that by order, is always in doubt.
             doubt = "" if path in ("", part) and not _are_alike(weights) else _NESTED
+            pairs: list[Pair] = []
             try:
                 if by_name:
                     pairs = _match_names(tree, stored, root)
@@ -180,7 +181,7 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
                 _check_pairs(tree, pairs, arrays)
                 fits[path] = pairs
             except ValueError as error:
-                reason = reason or error  # the first: of the whole, by name
+                failures.append((len(pairs), error))
             if "" in fits:
                 return fits[""]
         # A part that has another one and nothing else fits like it.
@@ -190,6 +191,8 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             raise ArgumentError("part", problem)
         if fits:
             return next(iter(fits.values()))
+    # What the part that is most like the model lacks; of the whole, if none is.
+    _, reason = max(failures, key=lambda failure: failure[0])
     raise ValueError(f"{reason}. Its parts: {[*parts.values()][1:10]}")
 
 
