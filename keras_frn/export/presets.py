@@ -64,7 +64,7 @@ PRESETS: dict[Preset | None, Scheme] = {
         activations="int16",
         converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
         quantizer_operators=("ALL_SUPPORTED",),
-        headroom=2.0,
+        headroom=4.0,
         is_integer=True,
         floor=1 / 1024,
     ),
