@@ -1,8 +1,10 @@
+import keras
 import numpy as np
 import pytest
 from exporting import exports, images, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from keras import layers
 
 from keras_frn.export import export_tflite
 from keras_frn.export.ranges import measure_ranges
@@ -75,3 +77,12 @@ def test_16_bits_reach_beyond_the_calibration_data(tmp_path, rng):
     expected = model.predict(1.4 * x, verbose=0)
     # As on the data themselves, where it is 0.004. Ranges without headroom give 0.04.
     assert np.abs(actual - expected).max() < 0.01 * np.ptp(expected)
+
+
+def test_leaky_relu_leaves_16_bits_their_headroom(tmp_path, rng):
+    model = keras.Sequential([small_model(), layers.LeakyReLU(0.2), layers.Dense(4)])
+    x = images(rng, 20)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization="int16x8", calibration_data=x)
+    assert "LEAKY_RELU" not in report.operators
+    assert not report.warnings, "such as one that TensorFlow's converter wrote the file"
+    assert report.max_error_fraction < 0.01, "of 8-bit weights; 0.003 was seen"

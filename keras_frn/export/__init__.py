@@ -138,7 +138,7 @@ def export_tflite(
         show(f"equalizing {len(copy.normalizations)} normalizations")
         copy.equalize(samples, scheme.least_epsilon, to_peaks=bool(scheme.quantizer_operators))
         if scheme.floor:
-            copy.use_integer_form(scheme.floor)
+            copy.use_integer_form(scheme.floor, scheme.bits)
         equalized, not_equalized = copy.equalized, copy.not_equalized
     if scheme.is_integer and not_equalized:
         notes.append(

@@ -23,6 +23,7 @@ from ..typing import Array, Batch, Tensor
 from .inference_layers import (
     REPLACED,
     Kept,
+    LeakyReLU,
     MaxPooling,
     Normalization,
     ReLU6,
@@ -154,7 +155,7 @@ class InferenceCopy:
             self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
             self.equalized.append(layer.name)
 
-    def use_integer_form(self, floor: float) -> None:
+    def use_integer_form(self, floor: float, bits: int = 8) -> None:
         """Gives each normalization the integer form that fits its mean squares, once equalized.
 
         `floor` is the least mean square as a share of the layer's largest.
@@ -168,7 +169,9 @@ class InferenceCopy:
                 largest = 1.0
             layer.floor = floor * largest
         for call in self._wiring.calls:
-            if isinstance(call.layer, ReLU6):
+            if isinstance(call.layer, LeakyReLU):
+                call.layer.in_steps = bits == 16
+            elif isinstance(call.layer, ReLU6):
                 call.layer.in_steps = not self._fuses(call.inputs[0])
 
     def _fuses(self, tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from ..typing import Array, Tensor
 __all__ = [
     "REPLACED",
     "Kept",
+    "LeakyReLU",
     "MaxPooling",
     "Normalization",
     "ReLU6",
@@ -48,6 +49,21 @@ class MaxPooling(layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         return inputs if self.is_done else self.pooling(inputs)
+
+
+class LeakyReLU(layers.LeakyReLU):
+    """The layer, in two steps for 16 bits.
+
+    ai-edge-quantizer has no LEAKY_RELU, and the files of TensorFlow's converter no headroom. In 8
+    bits, which have none to spare, one operator is better.
+    """
+
+    in_steps = False
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if not self.in_steps or self.negative_slope > 1:
+            return super().call(inputs)
+        return ops.maximum(inputs, self.negative_slope * inputs)
 
 
 class ReLU6(layers.Layer):
@@ -276,6 +292,7 @@ def is_channels_last(layer: keras.layers.Layer) -> bool:
 
 # Layers that are made again in another class, which computes the same.
 REPLACED = {
+    layers.LeakyReLU: LeakyReLU,
     layers.Flatten: Flatten,
     layers.Reshape: Reshape,
     layers.Conv3D: Conv3D,
