@@ -243,7 +243,7 @@ class Emulation:
     def __init__(self, model, calibration):
         copy = InferenceCopy(model)
         copy.equalize([[calibration]], to_peaks=True)
-        copy.use_integer_form(PRESETS["int8"].floor)
+        copy.use_integer_form(PRESETS["int8"].floor, PRESETS["int8"].bits)
         self.layers = [x for x in copy.model.layers if not isinstance(x, layers.InputLayer)]
         self.last = sum(isinstance(layer, Normalization) for layer in self.layers) - 1
         self.measure(calibration)

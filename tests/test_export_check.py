@@ -59,11 +59,15 @@ def test_error_beyond_the_limit_warns(tmp_path, rng):
     assert "float16 should stay within 0.01" in str(report)
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
-def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
+def ill_conditioned_model():
     """FRN on single positions without a learned epsilon is the sign of its input."""
     blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
-    model = keras.Sequential([keras.Input((16,)), *blocks])
+    return keras.Sequential([keras.Input((16,)), *blocks])
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
+def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
+    model = ill_conditioned_model()
     with pytest.warns(UserWarning, match="amplifies roundings.*should learn epsilon"):
         report = export_tflite(
             model,
@@ -79,8 +83,7 @@ def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
 def test_float_file_near_its_limit_warns_if_roundings_are_amplified(is_ill_conditioned, rng):
     model, x = small_model(), images(rng, 16)
     if is_ill_conditioned:
-        blocks = [layer for _ in range(6) for layer in (layers.Dense(128), frn(epsilon=1e-9))]
-        model, x = keras.Sequential([keras.Input((16,)), *blocks]), images(rng, 500, (16,))
+        model, x = ill_conditioned_model(), images(rng, 500, (16,))
     specs = specs_of(model, None)
     samples = Samples(model, x, keras.tree.flatten(specs))
     doubts = check_outputs(model, specs, samples, None, 0.8 * find_bound(model, None), None)

@@ -245,7 +245,7 @@ def test_max_pooling_moves_before_the_scale_if_exact(name, integer_form, rng):
     copy.pool_first()
     if integer_form:
         copy.equalize([[x]])
-        copy.use_integer_form(1 / 64)
+        copy.use_integer_form(1 / 64, 8)
     close(copy.model(x, training=False), model.predict(x, verbose=0), FLOAT)
     assert (copy.normalizations[0].pooling is not None) == first
 
@@ -287,7 +287,7 @@ def test_integer_form_equals_the_formula_within_integer_resolution(epsilon, tole
     x = images(rng, 64, (9, 9, channels)) * np.geomspace(0.1, 1, 64)[:, None, None, None]
     copy = InferenceCopy(model)
     copy.equalize([[x.astype("float32")]])
-    copy.use_integer_form(1 / 64)
+    copy.use_integer_form(1 / 64, 8)
     (normalization,) = copy.normalizations
     assert normalization.first_epsilon is not None
     gamma, beta, tau = (w.numpy() for w in (layer.gamma, layer.beta, layer.tau))

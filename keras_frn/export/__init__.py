@@ -104,7 +104,7 @@ def export_tflite(
     path = _check_path(path)
     scheme = _check_preset(quantization, integer_io)
     import_litert()
-    if scheme.quantizer_operators:
+    if scheme.is_calibrated:
         import_quantizer()
     if scheme.is_calibrated and calibration_data is None:
         raise ArgumentError(
@@ -136,7 +136,7 @@ def export_tflite(
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
     elif calibration_data is not None and copy is not None:
         show(f"equalizing {len(copy.normalizations)} normalizations")
-        copy.equalize(samples, scheme.least_epsilon, to_peaks=bool(scheme.quantizer_operators))
+        copy.equalize(samples, scheme.least_epsilon, to_peaks=scheme.is_calibrated)
         if scheme.floor:
             copy.use_integer_form(scheme.floor, scheme.bits)
         equalized, not_equalized = copy.equalized, copy.not_equalized

@@ -32,7 +32,7 @@ def import_quantizer() -> tuple[Any, Any]:
     try:
         from ai_edge_quantizer import qtyping, quantizer
     except ImportError as error:
-        names = [name for name, scheme in PRESETS.items() if scheme.quantizer_operators]
+        names = [name for name, scheme in PRESETS.items() if scheme.is_calibrated]
         raise ImportError(
             f"ai-edge-quantizer is needed for {names}: pip install ai-edge-quantizer"
         ) from error
@@ -57,13 +57,14 @@ def convert(
         if not scheme.is_calibrated:
             return by_converter(scheme), []
         content = by_converter(PRESETS[None])
-        if "WHILE" in LiteRT(content, is_plain=True).count_operators():
+        plain = LiteRT(content, is_plain=True)
+        if "WHILE" in plain.count_operators():
             # TensorFlow's converter does not survive one in int16x8.
             raise ConversionError(
                 "a loop has no integer form. Build recurrent layers with unroll=True, or use "
                 "'dynamic'."
             )
-        reused = LiteRT(content, is_plain=True).find_reused_outputs()
+        reused = plain.find_reused_outputs()
         if reused:
             _save(model, specs, folder, reused)
             content = by_converter(PRESETS[None])

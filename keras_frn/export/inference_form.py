@@ -155,10 +155,11 @@ class InferenceCopy:
             self._mean_squares[layer] = values * np.expand_dims(factor, others) ** 2
             self.equalized.append(layer.name)
 
-    def use_integer_form(self, floor: float, bits: int = 8) -> None:
-        """Gives each normalization the integer form that fits its mean squares, once equalized.
+    def use_integer_form(self, floor: float, bits: int) -> None:
+        """Gives layers the form that integers of so many bits need, once equalized.
 
-        `floor` is the least mean square as a share of the layer's largest.
+        That of a normalization fits its mean squares. `floor` is the least of them as a share of
+        the layer's largest.
         """
         for layer in self.normalizations:
             values = self._mean_squares[layer]

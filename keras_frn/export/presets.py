@@ -20,10 +20,10 @@ class Scheme:
     weights: str | None = None
     # The integer type of the activations; None is float.
     activations: str | None = None
-    # The converter's set of integer operators, and those that ai-edge-quantizer turns into
-    # integers. It writes the file if there are any.
-    converter_operators: str | None = None
+    # The operators that ai-edge-quantizer turns into integers, and the set of TensorFlow's
+    # converter, which writes the file if some are left.
     quantizer_operators: tuple[str, ...] = ()
+    converter_operators: str | None = None
     # How many times wider than on the calibration data the ranges of activations are. 8 bits have
     # none to spare: there the rarest values saturate.
     headroom: float = 1.0
@@ -53,8 +53,8 @@ PRESETS: dict[Preset | None, Scheme] = {
     "int8": Scheme(
         bound=0.2,
         activations="int8",
-        converter_operators="TFLITE_BUILTINS_INT8",
         quantizer_operators=("ALL_SUPPORTED",),
+        converter_operators="TFLITE_BUILTINS_INT8",
         is_integer=True,
         floor=1 / 64,
     ),
@@ -62,8 +62,8 @@ PRESETS: dict[Preset | None, Scheme] = {
     "int16x8": Scheme(
         bound=0.1,
         activations="int16",
-        converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
         quantizer_operators=("ALL_SUPPORTED",),
+        converter_operators="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
         headroom=4.0,
         is_integer=True,
         floor=1 / 1024,

@@ -1,4 +1,4 @@
-"""The ranges of activations that ai-edge-quantizer quantizes by, without the rarest values."""
+"""The ranges of activations that ai-edge-quantizer quantizes by."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ _BIAS_STEPS = 2.0**28
 LEAST_SPAN = 1e-9
 
 Range = dict[str, Array]
+Limits = dict[int, tuple[Any, Any]]  # the least and the largest number of each tensor
 
 
 def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> dict[str, Range]:
@@ -45,29 +46,16 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
     operators, interpreter = runtime.list_operators(), runtime.interpreter
     computed = {i for operator in operators for i in operator["outputs"]}
     computed |= {detail["index"] for detail in interpreter.get_input_details()}
-    limits: dict[int, tuple[Any, Any]] = {}
+    limits: Limits = {}
     for i, values in _each_tensor(runtime, samples, computed):
         # With zero, as the quantizer does; in float64, which divides any range of float32.
         low, high = limits.get(i, (0.0, 0.0))
         limits[i] = np.float64(values.min(initial=low)), np.float64(values.max(initial=high))
-    details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     if headroom > 1:
-        roots = [op for op in operators if op["op_name"] == "RSQRT"]
-        read = {i for op in roots for i in op["inputs"]} & limits.keys()
-        factors = dict.fromkeys(limits, headroom)
-        for i, count in _count(runtime, samples, read, limits).items():
-            least = np.searchsorted(np.cumsum(count), _LEAST * count.sum()) / _BINS
-            factors[i] = np.clip(least / _RESOLVED, 1, headroom)
-        # The table has the end of the range for zero, and so makes what is next to it too large.
-        factors |= {i: 1.0 for op in roots for i in op["outputs"]}
-        limits = {i: (factors[i] * low, factors[i] * high) for i, (low, high) in limits.items()}
+        limits = _widen(runtime, samples, limits, headroom)
     else:
-        outputs = {detail["index"] for detail in interpreter.get_output_details()}
-        saturating = _find_before_normalizations(operators) - _find_outputs(operators, outputs)
-        # Not what is one number per channel.
-        saturating = {i for i in saturating if np.prod(details[i]["shape"][1:-1]) > 1}
-        for i, count in _count(runtime, samples, saturating, limits).items():
-            limits[i] = _clip(count, *limits[i])
+        limits |= _saturate(runtime, samples, limits)
+    details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     ranges: dict[str, Range] = {}
     largest = np.finfo("f4").max
     for i, (low, high) in limits.items():
@@ -93,8 +81,31 @@ def _each_tensor(
                 yield detail["index"], finite
 
 
+def _widen(runtime: LiteRT, samples: Samples, limits: Limits, headroom: float) -> Limits:
+    """The limits as many times further apart, as far as RSQRT resolves what it reads."""
+    roots = _find_roots(runtime.list_operators())
+    read = {i for root in roots for i in root["inputs"]} & limits.keys()
+    factors = dict.fromkeys(limits, headroom)
+    for i, count in _count(runtime, samples, read, limits).items():
+        least = np.searchsorted(np.cumsum(count), _LEAST * count.sum()) / _BINS
+        factors[i] = np.clip(least / _RESOLVED, 1, headroom)
+    # The table has the end of the range for zero, and so makes what is next to it too large.
+    factors |= {i: 1.0 for root in roots for i in root["outputs"]}
+    return {i: (factors[i] * low, factors[i] * high) for i, (low, high) in limits.items()}
+
+
+def _saturate(runtime: LiteRT, samples: Samples, limits: Limits) -> Limits:
+    """The limits without the rarest values, of the full-size tensors before normalizations."""
+    operators, details = runtime.list_operators(), runtime.interpreter.get_tensor_details()
+    outputs = {detail["index"] for detail in runtime.interpreter.get_output_details()}
+    full_size = {d["index"] for d in details if np.prod(d["shape"][1:-1]) > 1}
+    saturating = _find_before_normalizations(operators) - _find_outputs(operators, outputs)
+    counts = _count(runtime, samples, saturating & full_size, limits)
+    return {i: _clip(count, *limits[i]) for i, count in counts.items()}
+
+
 def _count(
-    runtime: LiteRT, samples: Samples, chosen: Collection[int], limits: Mapping[int, Any]
+    runtime: LiteRT, samples: Samples, chosen: Collection[int], limits: Limits
 ) -> dict[int, Array]:
     """Histograms of tensors between their limits."""
     counts: dict[int, Array] = {}
@@ -153,9 +164,14 @@ def _clip(counts: Array, low: float, high: float) -> tuple[float, float]:
     return (least, most) if most - least > (high - low) / 256 else (low, high)
 
 
+def _find_roots(operators: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The reciprocal square roots, which normalizations have."""
+    return [op for op in operators if op["op_name"] == "RSQRT"]
+
+
 def _find_before_normalizations(operators: Sequence[Mapping[str, Any]]) -> set[int]:
     """The computed tensors that a reciprocal square root depends on."""
-    roots = [i for op in operators if op["op_name"] == "RSQRT" for i in op["inputs"]]
+    roots = [i for root in _find_roots(operators) for i in root["inputs"]]
     return {output for i in find_upstream(operators, roots) for output in operators[i]["outputs"]}
 
 
