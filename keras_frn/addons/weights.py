@@ -165,7 +165,7 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             raise ArgumentError("part", f"must be one of {beside}. Received: {part!r}.")
         parts = {given: part}
     weights = tree.list_pairs()
-    failures: list[tuple[int, Exception]] = []
+    likeness, reason = -1, ""
     for by_name in (True, False) if stored.is_checkpoint else (True,):
         fits: dict[str, list[Pair]] = {}
         for root, path in parts.items():
@@ -181,7 +181,9 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
                 _check_pairs(tree, pairs, arrays)
                 fits[path] = pairs
             except ValueError as error:
-                failures.append((len(pairs), error))
+                # What the part that is most like the model lacks; of the whole, if none is.
+                if len(pairs) > likeness:
+                    likeness, reason = len(pairs), str(error)
             if "" in fits:
                 return fits[""]
         # A part that has another one and nothing else fits like it.
@@ -191,8 +193,6 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             raise ArgumentError("part", problem)
         if fits:
             return next(iter(fits.values()))
-    # What the part that is most like the model lacks; of the whole, if none is.
-    _, reason = max(failures, key=lambda failure: failure[0])
     raise ValueError(f"{reason}. Its parts: {[*parts.values()][1:10]}")
 
 
@@ -288,7 +288,8 @@ def _match_list(
     names, given = [name for _, name in ours], [name for _, name in theirs]
     if doubt is not None and (names == given or set(names) != set(given)):
         ways.append((range(len(ours)), range(len(theirs)), doubt))
-    ways.append((_rank(ours), _rank(theirs), doubt or _NUMBERED))
+    if len(ours) == len(theirs):  # as for few of the many parts of a file
+        ways.append((_rank(ours), _rank(theirs), doubt or _NUMBERED))
     for keys, keys_there, reason in ways:
         found = dict(zip(keys_there, arrays, strict=True))
         if set(keys) == found.keys() and len(keys) == len(found) == len(arrays):
@@ -303,8 +304,11 @@ def _match_list(
 def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
     """Names that Keras has numbered, as dense_3: the first of a kind is 0."""
     parts = [(*re.findall(r"^(.*?)(?:_(\d+))?$", layer)[0], name) for layer, name in keys]
-    numbers = {kind: sorted({int(n or 0) for k, n, _ in parts if k == kind}) for kind, *_ in parts}
-    return [(kind, numbers[kind].index(int(n or 0)), name) for kind, n, name in parts]
+    numbers = collections.defaultdict(set)
+    for kind, number, _ in parts:
+        numbers[kind].add(int(number or 0))
+    ranks = {kind: {n: rank for rank, n in enumerate(sorted(numbers[kind]))} for kind in numbers}
+    return [(kind, ranks[kind][int(number or 0)], name) for kind, number, name in parts]
 
 
 def _are_alike(pairs: list[Pair]) -> bool:
