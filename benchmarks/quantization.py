@@ -366,7 +366,7 @@ def sources(arguments, folder):
 def plot_sources(rows, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(5.6, 5.2), layout="constrained")
     axes, networks = figure.subplots(), list(dict.fromkeys(row["network"] for row in rows))
     for number, network in enumerate(networks):
         errors = [float(row["error"]) for row in rows if row["network"] == network]
@@ -376,7 +376,8 @@ def plot_sources(rows, path):
     axes.set_yticks(np.arange(len(SOURCES)) + 0.4, SOURCES)
     axes.invert_yaxis()
     axes.set(xlabel="error of the logits, share of their size")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
 
