@@ -66,8 +66,8 @@ class FilterResponseNormalization(keras.layers.Layer):
             allowed with a learned epsilon). Defaults to 1e-6.
         learned_epsilon: False, True (one learned epsilon per layer, as in the paper), or
             `"per_channel"`. Defaults to False.
-        epsilon_ratio: Float of 0 or more, the start of the weight of that name, or None. A large
-            one is close to BatchNormalization's fixed scale, 0 and None are FRN.
+        epsilon_ratio: Float of 0 or more, the initial value of the weight of that name, or None. A
+            large one is close to BatchNormalization's fixed scale; 0 and None mean FRN.
             `replace_batch_normalization` makes such layers, and
             `keras_frn.callbacks.EpsilonScheduler` lowers the weight. Defaults to None.
         center: Whether to add the offset `beta`. Defaults to True.

@@ -36,7 +36,7 @@ class FRNMonitor(keras.callbacks.Callback):
 
     Args:
         data: Samples like those of training, of any kind that `export_tflite` takes as calibration
-            data. Some tens are enough; each epoch takes one forward pass over them.
+            data. A few dozen are enough; each epoch takes one forward pass over them.
         per_layer: Bool, whether the logs get each layer's values, as `layer/at_tau`, or those of
             the whole network: the mean of `at_tau`, the largest `dead` and `spread`, and the median
             `epsilon_ratio`, as `frn/at_tau`. Defaults to False, as Keras' progress bar prints all

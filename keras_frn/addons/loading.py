@@ -39,7 +39,7 @@ def load_addons_model(
         path: An `.h5` or `.keras` file, a SavedModel folder or a zip of one, or a `.json` config.
         weights: The weights of a `.json` config: a file or a checkpoint. Defaults to None.
         tau: What becomes of the thresholds of TLU, which Addons kept per position. `"auto"` makes
-            them one per channel where nothing is lost: all positions have the same value, and no
+            them one per channel if nothing is lost: all positions have the same value, and no
             constraint or regularizer tells them apart. `"per_position"` keeps all, `"per_channel"`
             refuses positions that differ, `"per_channel_mean"` averages. Defaults to `"auto"`.
         compile: Whether to compile the model as it was. Defaults to True.
@@ -92,7 +92,7 @@ def load_addons_weights(
 ) -> None:
     """Loads weights that TensorFlow Addons saved into a model built with our layers.
 
-    The model has the layers of the old one in the same order, with
+    The model must have the layers of the old one in the same order, with
     `keras_frn.FilterResponseNormalization()` for `tfa.layers.FilterResponseNormalization()` and
     `keras_frn.TLU()` (one threshold per channel) or `keras_frn.TLU(axis=(1, 2, 3))` (one per
     position) for `tfa.layers.TLU()`. All weights are found and checked before the first is changed.
@@ -103,8 +103,8 @@ def load_addons_weights(
             or layers of their names. Otherwise layers go by order.
         path: A weights file (`.h5`, `.weights.h5`), a TensorFlow checkpoint (its prefix, its
             `.index` file or its folder), or a complete model, whose config is not looked at.
-        tau: `"per_channel_mean"` averages thresholds that differ from position to position where
-            the model has one per channel; `"auto"` refuses. Defaults to `"auto"`.
+        tau: `"per_channel_mean"` averages thresholds that differ from position to position if the
+            model has one per channel; `"auto"` refuses them. Defaults to `"auto"`.
         part: The name of the model in a `tf.train.Checkpoint(generator=..., discriminator=...)`,
             or its path, such as `"gan/generator"`. Defaults to None: the whole file, or the one
             part that fits.

@@ -68,11 +68,11 @@ def replace_batch_normalization(
     m = mean^2 + variance,   gamma = a * sqrt(m),   beta = c,   tau = 0
     ```
 
-    With these weights each FRN layer gives what its BatchNormalization layer gave for a sample of
+    With these weights each FRN layer outputs what its BatchNormalization layer did for a sample of
     typical energy, nu2 = m. With `calibration_data` they are refined layer by layer: each output
-    channel then has the mean and the standard deviation that it had. The ratio k is the path
-    between the two normalizations: a large one is BatchNormalization's fixed scale, 0 normalizes
-    each sample fully. It is a weight that is not trained. Fine-tune the result, and let
+    channel then has its original mean and standard deviation. The ratio k leads from one
+    normalization to the other: a large one is BatchNormalization's fixed scale, 0 normalizes each
+    sample fully. It is a weight that is not trained. Fine-tune the result, and let
     `keras_frn.callbacks.EpsilonScheduler` lower the ratio meanwhile.
 
     The result is a new, uncompiled model. All other layers keep their names, weights and trainable
@@ -90,11 +90,11 @@ def replace_batch_normalization(
             if a layer has a single position. Defaults to 3.
         learned_epsilon: How layers with a single position keep their epsilon: `"per_channel"` in a
             trained weight, False as a constant. Defaults to `"per_channel"`.
-        replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU, where it follows
-            a replaced layer directly, and no other layer. Defaults to True.
+        replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU if it directly
+            follows a replaced layer, and nothing else. Defaults to True.
         verbose: Bool or `"auto"`, whether to show the progress of the calibration; `"auto"` is
             True, as in `keras.Model.fit`. Defaults to `"auto"`.
-        return_report: Whether to return a `ConversionReport`, too. Defaults to False.
+        return_report: Whether to also return a `ConversionReport`. Defaults to False.
 
     Returns:
         A `keras.Model`, or with `return_report=True` a tuple `(model, report)`.

@@ -24,15 +24,15 @@ class EpsilonScheduler(keras.callbacks.Callback):
     channel's mean square (m), which is close to BatchNormalization's fixed scale. This callback
     brings k down to FRN, and then holds it. A typical output keeps its size.
 
-    The state is the weight `epsilon_ratio` of the layers, which is not trained. So a training goes
-    on where it was after `BackupAndRestore`, and after a model is compiled anew, or saved, loaded
-    and trained with a new callback of the same arguments. Layers without an `epsilon_ratio`, as
-    those with a single position, do not change.
+    The state is the weight `epsilon_ratio` of the layers, which is not trained. So training resumes
+    where it stopped after `BackupAndRestore`, after the model is compiled again, or after it is
+    saved, loaded and trained with a new callback with the same arguments. Layers without an
+    `epsilon_ratio`, such as those with a single position, do not change.
 
     Args:
-        steps: Int, the number of batches from the first ratio to the last.
+        steps: Int, the number of batches from the initial ratio to the final one.
         initial_ratio: Float above 0, the ratio from which the steps count. Defaults to None, the
-            `epsilon_ratio` that each layer was made with.
+            `epsilon_ratio` that each layer was created with.
         final_ratio: Float above 0, the ratio at the end. Defaults to 0.1.
 
     Raises:
