@@ -319,6 +319,91 @@ def test_grouped_3d_convolution_equals_its_2d_form(rng):
     close(copy(x), expected, FLOAT)
 
 
+DILATED = {
+    "convolution": (lambda: layers.Conv2D(4, 3, dilation_rate=2), (12, 12, 4)),
+    "of unknown sizes": (
+        lambda: layers.Conv2D(4, 3, padding="same", dilation_rate=(3, 2)),
+        (None, None, 4),
+    ),
+    "depthwise": (
+        lambda: layers.DepthwiseConv2D(
+            3, padding="same", depth_multiplier=2, dilation_rate=3, activation="relu"
+        ),
+        (7, 12, 4),
+    ),
+    "separable": (lambda: layers.SeparableConv2D(6, 3, dilation_rate=2), (12, 12, 4)),
+    "causal": (
+        lambda: layers.Conv1D(4, 3, padding="causal", dilation_rate=4, use_bias=False),
+        (12, 4),
+    ),
+    "depthwise sequence": (lambda: layers.DepthwiseConv1D(3, dilation_rate=2), (12, 4)),
+    "separable sequence": (
+        lambda: layers.SeparableConv1D(6, 3, padding="same", dilation_rate=2, activation="relu"),
+        (12, 4),
+    ),
+    "volume": (lambda: layers.Conv3D(4, 3, padding="same", dilation_rate=2), (6, 7, 8, 2)),
+}
+
+
+@pytest.mark.parametrize("preset", [None, "int8", "int16x8"])
+@pytest.mark.parametrize("name", DILATED)
+def test_dilated_convolution_is_one_operator(name, preset, tmp_path, rng):
+    """TensorFlow moves positions into the batch, for which ai-edge-quantizer has no integers."""
+    make, shape = DILATED[name]
+    model = shuffled_weights(keras.Sequential([keras.Input(shape), make()]))
+    x = images(rng, 32, [size or 9 for size in shape])
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
+    assert not {"SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND", "SHAPE"} & set(report.operators)
+    assert not report.in_float
+    assert not report.warnings or shape[0] is None
+
+
+@pytest.mark.parametrize("name", ["strided depthwise", "grouped", "channels first"])
+def test_dilated_convolution_of_a_form_that_keras_writes_itself(name, tmp_path, rng):
+    make = {
+        "strided depthwise": lambda: layers.DepthwiseConv2D(3, 2, dilation_rate=2),
+        "grouped": lambda: layers.Conv2D(4, 3, groups=2, dilation_rate=2),
+        "channels first": lambda: layers.Conv2D(
+            4, 3, dilation_rate=2, data_format="channels_first"
+        ),
+    }[name]
+    model, x = stack(make()), images(rng, 4)
+    report = export_tflite(model, tmp_path / "m.tflite")
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), FLOAT)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int16x8"])
+def test_padding_with_minus_infinity_does_not_stretch_a_range(preset, tmp_path, rng):
+    """As in front of a maximum, where TensorFlow's converter writes the least float32 number."""
+    inputs = keras.Input((12, 12, 3))
+    x = frn_tlu_layer()(layers.Conv2D(16, 3)(inputs))
+    x = keras.ops.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=float("-inf"))
+    model = keras.Model(inputs, layers.Conv2D(8, 1)(layers.MaxPooling2D(3, 2)(x)))
+    x = images(rng)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
+
+
+@pytest.mark.parametrize("preset", ["int8", "int16x8"])
+@pytest.mark.parametrize("is_squared", [False, True])
+def test_scales_that_would_end_the_process_are_refused(is_squared, preset, tmp_path, rng):
+    """LiteRT does not survive an addition whose result is tiny beside what it adds."""
+    inputs = keras.Input((12, 12, 3))
+    x = layers.Conv2D(8, 3)(inputs)
+    other = layers.Rescaling(1.0 if is_squared else -1.0, offset=1.0)(x)
+    y = keras.ops.square(x - other) if is_squared else layers.Add()([x, other])
+    model = keras.Model(inputs, layers.Conv2D(8, 3)(y))
+    options = {"quantization": preset, "calibration_data": 1e6 * images(rng)}
+    if is_squared and preset == "int16x8":
+        export_tflite(model, tmp_path / "m.tflite", **options)
+        return
+    name = "SQUARED_DIFFERENCE" if is_squared else "ADD"
+    with pytest.raises(ValueError, match=f"which LiteRT runs.*{name} gives numbers so small"):
+        export_tflite(model, tmp_path / "m.tflite", **options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
 def test_tiny_filter_keeps_its_large_bias(preset, tmp_path, rng):
     """The scale of a bias follows from that of its filter, and it has 32 bits."""

@@ -14,11 +14,11 @@ from typing import Any
 import keras
 
 from ..samples import Samples
-from . import flatbuffer
 from .biases import correct_biases
 from .presets import PRESETS, Scheme
 from .ranges import measure_ranges
 from .runtime import LiteRT
+from .simplification import simplify
 
 __all__ = ["ConversionError", "convert", "import_quantizer"]
 
@@ -143,9 +143,10 @@ def _by_converter(
         # Of the interpreter that the converter itself uses for several inputs.
         warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter is deprecated")
         try:
-            return bytes(converter.convert())
+            content = bytes(converter.convert())
         except (ConverterError, RuntimeError, ValueError) as error:
             raise ConversionError(_explain(error, inputs)) from error
+    return simplify(content)
 
 
 def _explain(error: Exception, inputs: Sequence[keras.InputSpec]) -> str:
@@ -216,4 +217,4 @@ def _by_quantizer(
             )
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ConversionError(f"ai-edge-quantizer says: {_shorten(error)}.") from error
-    return flatbuffer.write(flatbuffer.read(bytes(result.quantized_model)))
+    return simplify(bytes(result.quantized_model))

@@ -1,6 +1,7 @@
 """The layers that stand in an inference copy for those of the model."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -82,23 +83,61 @@ class ReLU6(layers.Layer):
         return 6.0 - ops.relu(6.0 - ops.relu(inputs)) if self.in_steps else ops.relu6(inputs)
 
 
-class _KnownSizes(layers.Layer):
-    """Reshapes to sizes that are known without asking for the batch size at run time, which takes
-    four operators that no NPU has."""
+def _convolve(
+    x: Tensor,
+    kernel: Tensor,
+    strides: Sequence[int],
+    padding: str,
+    dilations: Sequence[int],
+    is_depthwise: bool = False,
+) -> Tensor:
+    """A convolution in 2D that is one operator also if it is dilated.
+
+    Where the batch size is unknown, TensorFlow's own is three, of which two move positions into the
+    batch and back, with about twenty for the sizes if those are unknown too. ai-edge-quantizer has
+    none of them.
+    """
+    import tensorflow as tf
+
+    is_grouped = not is_depthwise and kernel.shape[-2] != x.shape[-1]
+    # On a CPU TensorFlow has no such depthwise convolution: it is there to be traced.
+    if set(dilations) == {1} or is_grouped or tf.executing_eagerly():
+        convolve = ops.depthwise_conv if is_depthwise else ops.conv
+        return convolve(x, kernel, tuple(strides), padding, "channels_last", tuple(dilations))
+    if not is_depthwise:
+        return tf.nn.conv2d(x, kernel, strides, padding.upper(), dilations=dilations)
+    return tf.raw_ops.DepthwiseConv2dNative(
+        input=x,
+        filter=kernel,
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilations, 1],
+    )
+
+
+class _Dilated(layers.Layer):
+    """A dilated convolution of one operator."""
 
     def call(self, inputs: Tensor) -> Tensor:
-        shape = self.compute_output_shape(inputs.shape)
-        if None in shape[1:] or not is_channels_last(self):
+        # With strides as well, Keras has a way of its own.
+        if set(self.dilation_rate) == {1} or set(self.strides) != {1} or not is_channels_last(self):
             return super().call(inputs)
-        return ops.reshape(inputs, (-1, *shape[1:]))
-
-
-class Flatten(_KnownSizes, layers.Flatten):
-    """Flattens known sizes in one operator."""
-
-
-class Reshape(_KnownSizes, layers.Reshape):
-    """Reshapes known sizes in one operator."""
+        x, padding = inputs, self.padding
+        if padding == "causal":
+            x, padding = ops.pad(x, self._compute_causal_padding()), "valid"
+        is_separable = hasattr(self, "pointwise_kernel")
+        is_depthwise = is_separable or hasattr(self, "depth_multiplier")
+        kernel = self.depthwise_kernel if is_separable else self.kernel
+        dilations = tuple(self.dilation_rate)
+        if self.rank == 1:
+            x, kernel, dilations = ops.expand_dims(x, 1), kernel[None], (1, *dilations)
+        x = _convolve(x, kernel, (1, 1), padding, dilations, is_depthwise)
+        if is_separable:
+            pointwise = self.pointwise_kernel
+            x = ops.conv(x, pointwise if self.rank == 2 else pointwise[None])
+        if self.rank == 1:
+            x = ops.squeeze(x, 1)
+        return self.activation(x if self.bias is None else x + self.bias)
 
 
 def _is_flat(layer: keras.layers.Layer, window: tuple[int, ...], inputs: Tensor) -> bool:
@@ -139,7 +178,7 @@ class Conv3D(layers.Conv3D):
         x = ops.reshape(x, (-1, *sizes, kernel * channels))
         weights = ops.transpose(self.kernel, (1, 2, 0, 3, 4))
         weights = ops.reshape(weights, (*kernels, kernel * width, self.filters))
-        x = ops.conv(x, weights, tuple(strides), self.padding, "channels_last", tuple(dilations))
+        x = _convolve(x, weights, strides, self.padding, dilations)
         x = x if self.bias is None else x + ops.reshape(self.bias, (1, 1, 1, -1))
         return ops.reshape(self.activation(x), (-1, outputs, *x.shape[1:]))
 
@@ -290,11 +329,14 @@ def is_channels_last(layer: keras.layers.Layer) -> bool:
     return getattr(layer, "data_format", "channels_last") == "channels_last"
 
 
+_CONVOLUTIONS = (
+    *(layers.Conv1D, layers.DepthwiseConv1D, layers.SeparableConv1D),
+    *(layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D),
+)
 # Layers that are made again in another class, which computes the same.
 REPLACED = {
+    **{layer: type(layer.__name__, (_Dilated, layer), {}) for layer in _CONVOLUTIONS},
     layers.LeakyReLU: LeakyReLU,
-    layers.Flatten: Flatten,
-    layers.Reshape: Reshape,
     layers.Conv3D: Conv3D,
     layers.Conv3DTranspose: Conv3DTranspose,
     layers.MaxPooling3D: MaxPooling3D,

@@ -76,9 +76,10 @@ def _each_tensor(
         for detail in runtime.interpreter.get_tensor_details():
             if detail["dtype"] == np.float32 and detail["index"] in chosen:
                 values = runtime.interpreter.get_tensor(detail["index"])
-                # An infinity, as in the mask of an attention, is beyond any range.
-                finite = values if np.isfinite(values).all() else values[np.isfinite(values)]
-                yield detail["index"], finite
+                # An infinity, as in the mask of an attention, is beyond any range. In a constant,
+                # as the padding of a maximum, TensorFlow's converter has the largest number for it.
+                is_finite = np.abs(values) < np.finfo("f4").max
+                yield detail["index"], values if is_finite.all() else values[is_finite]
 
 
 def _widen(runtime: LiteRT, samples: Samples, limits: Limits, headroom: float) -> Limits:

@@ -57,6 +57,7 @@ class LiteRT:
         with _litert_errors():
             self.interpreter = litert.Interpreter(num_threads=1, **options)
             self._runner = self.interpreter.get_signature_runner()
+        self._check_scales()
         self._input_names = input_names
 
     def __call__(self, *arrays: Array) -> Batch:
@@ -67,6 +68,24 @@ class LiteRT:
         with _litert_errors():
             outputs = self._runner(**inputs)
         return [_dequantize(outputs[name], d) for name, d in self._list_outputs()]
+
+    def _check_scales(self) -> None:
+        """Refuses what makes LiteRT end the process: inputs of scales so large beside the output's
+        that their ratio, of which it makes a fraction, is above 1."""
+        details = {d["index"]: d for d in self.interpreter.get_tensor_details()}
+        for op in self.list_operators():
+            *inputs, output = (details.get(int(i)) for i in (*op["inputs"], *op["outputs"]))
+            if op["op_name"] not in ("ADD", "SQUARED_DIFFERENCE") or not output["quantization"][0]:
+                continue
+            largest = max(detail["quantization"][0] for detail in inputs)
+            bits, scale = 8 * np.dtype(output["dtype"]).itemsize, output["quantization"][0]
+            is_square = op["op_name"] == "SQUARED_DIFFERENCE"
+            ratio = largest ** (2 if is_square else 1) / scale
+            if ratio >= (2**12 if is_square else 2**19 if bits == 8 else 2**14):
+                raise LiteRTError(
+                    f"{op['op_name']} gives numbers so small beside those it reads that {bits} "
+                    f"bits do not hold both (steps of {scale:.1g} and {largest:.1g})"
+                )
 
     def _list_outputs(self) -> list[tuple[str, Mapping[str, Any]]]:
         details = self._runner.get_output_details()
