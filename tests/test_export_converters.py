@@ -359,7 +359,7 @@ def test_dilated_convolution_is_one_operator(name, preset, tmp_path, rng):
     assert not report.warnings or shape[0] is None
 
 
-@pytest.mark.parametrize("name", ["strided depthwise", "grouped", "channels first"])
+@pytest.mark.parametrize("name", ["strided depthwise", "grouped"])
 def test_dilated_convolution_of_a_form_that_keras_writes_itself(name, tmp_path, rng):
     make = {
         "strided depthwise": lambda: layers.DepthwiseConv2D(3, 2, dilation_rate=2),
@@ -385,21 +385,19 @@ def test_padding_with_minus_infinity_does_not_stretch_a_range(preset, tmp_path, 
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
 
 
-@pytest.mark.parametrize("preset", ["int8", "int16x8"])
-@pytest.mark.parametrize("is_squared", [False, True])
+@pytest.mark.parametrize(
+    ("is_squared", "preset"), [(False, "int8"), (False, "int16x8"), (True, "int8")]
+)
 def test_scales_that_would_end_the_process_are_refused(is_squared, preset, tmp_path, rng):
-    """LiteRT does not survive an addition whose result is tiny beside what it adds."""
+    """LiteRT does not survive an addition whose result is tiny beside what it reads."""
     inputs = keras.Input((12, 12, 3))
     x = layers.Conv2D(8, 3)(inputs)
     other = layers.Rescaling(1.0 if is_squared else -1.0, offset=1.0)(x)
     y = keras.ops.square(x - other) if is_squared else layers.Add()([x, other])
     model = keras.Model(inputs, layers.Conv2D(8, 3)(y))
     options = {"quantization": preset, "calibration_data": 1e6 * images(rng)}
-    if is_squared and preset == "int16x8":
-        export_tflite(model, tmp_path / "m.tflite", **options)
-        return
     name = "SQUARED_DIFFERENCE" if is_squared else "ADD"
-    with pytest.raises(ValueError, match=f"which LiteRT runs.*{name} gives numbers so small"):
+    with pytest.raises(ValueError, match=f"{name} gives numbers so small"):
         export_tflite(model, tmp_path / "m.tflite", **options)
     assert not list(tmp_path.iterdir())
 

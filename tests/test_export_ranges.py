@@ -86,3 +86,26 @@ def test_leaky_relu_leaves_16_bits_their_headroom(tmp_path, rng):
     assert "LEAKY_RELU" not in report.operators
     assert not report.warnings, "such as one that TensorFlow's converter wrote the file"
     assert report.max_error_fraction < 0.01, "of 8-bit weights; 0.003 was seen"
+
+
+@pytest.mark.parametrize("layer", [layers.Conv2D, layers.DepthwiseConv2D])
+@pytest.mark.filterwarnings("ignore:the outputs differ from the model")
+def test_filter_whose_steps_leave_the_output_is_exported(layer, tmp_path, rng):
+    """XNNPACK refuses such a convolution, and does not survive it if it is depthwise."""
+    kernel = layer(*([6] if layer is layers.Conv2D else []), 3, use_bias=False)
+    model = keras.Sequential(
+        [keras.Input((12, 12, 6)), layers.ReLU(), kernel, layers.ReLU(), layers.Conv2D(6, 1)]
+    )
+    weights = kernel.get_weights()[0]
+    weights[:, :, 0] = -1e4  # it gives zeros behind the ReLU, as `x` is positive there
+    if layer is layers.Conv2D:
+        weights[..., 1:] = 0.01
+        weights[:, :, 0, 0], weights[:, :, 1:, 0] = -1e4, 0
+    kernel.set_weights([weights])
+    report = export_tflite(
+        model,
+        tmp_path / "m.tflite",
+        quantization="int8",
+        calibration_data=np.abs(images(rng, 32, (12, 12, 6))),
+    )
+    assert not report.in_float

@@ -23,6 +23,9 @@ CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPO
 # The most steps of a bias, which are those of the input times those of the filter. An eighth of the
 # largest integer, and few enough for the widest filter to stay at zero.
 _BIAS_STEPS = 2.0**28
+# The largest step of a product's input as a multiple of its output's range, which is 255 steps of
+# 256, with a margin.
+_LARGEST_STEP = 255.0
 # The least range of the quantizer.
 LEAST_SPAN = 1e-9
 
@@ -64,7 +67,8 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
         low, high = np.clip([low, high], -largest, largest)
         ends = {"min": np.full(shape, low, "f4"), "max": np.full(shape, high, "f4")}
         ranges[details[i]["name"]] = ends
-    return ranges | _widen_filters(runtime, ranges)
+    filters = _widen_filters(runtime, ranges)
+    return ranges | filters | _widen_outputs(runtime, ranges, filters)
 
 
 def _each_tensor(
@@ -155,8 +159,33 @@ def _widen_filters(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Ra
     return widened
 
 
+def _widen_outputs(
+    runtime: LiteRT, ranges: Mapping[str, Range], filters: Mapping[str, Range]
+) -> dict[str, Range]:
+    """The ranges of outputs so narrow that one step of the input may leave them.
+
+    XNNPACK takes no larger steps, and does not survive them in a depthwise convolution.
+    """
+    details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
+    operators = runtime.list_operators()
+    widened = {}
+    for product in find_products(runtime, ranges):
+        weights = runtime.interpreter.get_tensor(product.filters)
+        weights = filters.get(details[product.filters]["name"], {"max": weights})["max"]
+        span = np.ptp([*ranges[details[product.input]["name"]].values()])
+        step = np.float32(span / 127 * np.abs(weights).max())
+        name = details[operators[product.number]["outputs"][0]]["name"]
+        low, high = ranges[name]["min"], ranges[name]["max"]
+        if step > _LARGEST_STEP * max(np.ptp([low, high]), LEAST_SPAN):
+            low = low * step / _LARGEST_STEP / max(np.ptp([low, high]), LEAST_SPAN)
+            widened[name] = {"min": low, "max": low + step / _LARGEST_STEP}
+    return widened
+
+
 def _clip(counts: Array, low: float, high: float) -> tuple[float, float]:
     """The range without the rarest values, from a histogram of the whole range."""
+    if not counts.any():  # all of them infinite
+        return low, high
     fraction = np.cumsum(counts) / np.sum(counts)
     edges = np.linspace(low, high, _BINS + 1)
     least = float(edges[np.searchsorted(fraction, _RARE)])

@@ -70,21 +70,28 @@ class LiteRT:
         return [_dequantize(outputs[name], d) for name, d in self._list_outputs()]
 
     def _check_scales(self) -> None:
-        """Refuses what makes LiteRT end the process: inputs of scales so large beside the output's
-        that their ratio, of which it makes a fraction, is above 1."""
+        """Refuses scales that LiteRT ends the process for."""
         details = {d["index"]: d for d in self.interpreter.get_tensor_details()}
         for op in self.list_operators():
-            *inputs, output = (details.get(int(i)) for i in (*op["inputs"], *op["outputs"]))
-            if op["op_name"] not in ("ADD", "SQUARED_DIFFERENCE") or not output["quantization"][0]:
+            name, tensors = op["op_name"], [details.get(int(i)) for i in op["inputs"]]
+            if name not in ("ADD", "SQUARED_DIFFERENCE", "DEPTHWISE_CONV_2D"):
                 continue
-            largest = max(detail["quantization"][0] for detail in inputs)
-            bits, scale = 8 * np.dtype(output["dtype"]).itemsize, output["quantization"][0]
-            is_square = op["op_name"] == "SQUARED_DIFFERENCE"
-            ratio = largest ** (2 if is_square else 1) / scale
-            if ratio >= (2**12 if is_square else 2**19 if bits == 8 else 2**14):
+            output = details[op["outputs"][0]]
+            first, second = (d["quantization_parameters"]["scales"] for d in tensors[:2] if d)
+            scale, bits = output["quantization"][0], 8 * np.dtype(output["dtype"]).itemsize
+            if not scale or not first.size or not second.size:
+                continue
+            # What the kernels take as a fraction of one, and XNNPACK as a number below 256.
+            if name == "ADD":
+                ratio = max(*first, *second) / scale / (2**19 if bits == 8 else 2**14)
+            elif name == "SQUARED_DIFFERENCE":
+                ratio = max(*first, *second) ** 2 / scale / 2**12 if bits == 8 else 0
+            else:
+                ratio = first.max() * second.max() / scale / 2**8 if bits == 8 else 0
+            if ratio >= 1:
                 raise LiteRTError(
-                    f"{op['op_name']} gives numbers so small beside those it reads that {bits} "
-                    f"bits do not hold both (steps of {scale:.1g} and {largest:.1g})"
+                    f"{name} gives numbers so small beside those it reads that {bits} bits do not "
+                    "hold both"
                 )
 
     def _list_outputs(self) -> list[tuple[str, Mapping[str, Any]]]:

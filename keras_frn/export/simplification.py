@@ -41,7 +41,8 @@ def simplify(content: bytes) -> bytes:
             name, output = codes[operator.opcodeIndex], graph.tensors[operator.outputs[0]]
             first, *others = operator.inputs
             sizes = output.shape if output.shapeSignature is None else output.shapeSignature
-            is_known = len(sizes) and list(sizes).count(-1) < 2
+            # A scalar has None.
+            is_known = sizes is not None and len(sizes) > 0 and list(sizes).count(-1) < 2
             if name == "RESHAPE":
                 is_known = is_known and producers.keys() & set(others)
             if name in ("EXPAND_DIMS", "SQUEEZE", "RESHAPE") and is_known:
