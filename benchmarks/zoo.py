@@ -317,7 +317,7 @@ def float_operators(path):
     return {
         op["op_name"]
         for op in interpreter._get_ops_details()
-        if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE")
+        if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE", "SHAPE")
         and any(dtypes.get(int(i)) is np.float32 for i in (*op["inputs"], *op["outputs"]))
     }
 

@@ -97,10 +97,10 @@ def test_filter_whose_steps_leave_the_output_is_exported(layer, tmp_path, rng):
         [keras.Input((12, 12, 6)), layers.ReLU(), kernel, layers.ReLU(), layers.Conv2D(6, 1)]
     )
     weights = kernel.get_weights()[0]
-    weights[:, :, 0] = -1e4  # it gives zeros behind the ReLU, as `x` is positive there
+    weights[:, :, 0] = -1e6  # it gives zeros after the ReLU, as `x` is positive there
     if layer is layers.Conv2D:
         weights[..., 1:] = 0.01
-        weights[:, :, 0, 0], weights[:, :, 1:, 0] = -1e4, 0
+        weights[:, :, 0, 0], weights[:, :, 1:, 0] = -1e6, 0
     kernel.set_weights([weights])
     report = export_tflite(
         model,

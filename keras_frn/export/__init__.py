@@ -143,7 +143,7 @@ def export_tflite(
     if scheme.is_integer and not_equalized:
         notes.append(
             f"not equalized: {', '.join(not_equalized)}. If channels differ in scale there, "
-            f"{quantization!r} loses accuracy and 'int8_float_statistics' does not."
+            f"{quantization!r} loses accuracy, and 'dynamic' less."
         )
 
     show(f"converting to {quantization or 'float32'}")

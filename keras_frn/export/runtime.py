@@ -129,7 +129,8 @@ class LiteRT:
         return dict(collections.Counter(op["op_name"] for op in self._split_operators()[0]))
 
     def count_float_operators(self, least_weights: int | None = None) -> dict[str, int]:
-        """Returns how many of each operator read or write float32 numbers, QUANTIZE apart.
+        """Returns how many of each operator read or write float32 numbers, apart from QUANTIZE and
+        from SHAPE, which may ask a float input for its sizes.
 
         With `least_weights` only those count that have a float32 matrix of as many weights.
         """
@@ -145,7 +146,7 @@ class LiteRT:
         names = [
             op["op_name"]
             for op in operators
-            if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE")
+            if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE", "SHAPE")
             and floats.keys() & {int(i) for i in (*op["inputs"], *op["outputs"])}
         ]
         return dict(collections.Counter(names))

@@ -6,6 +6,7 @@ operators, and NPUs leave them to the CPU.
 """
 
 import collections
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,24 +34,21 @@ def simplify(content: bytes) -> bytes:
             schema.OperatorCodeT(builtinCode=number, deprecatedBuiltinCode=number)
         )
     for graph in model.subgraphs:
-        producers = {
-            output: operator for operator in graph.operators for output in operator.outputs
-        }
+        # Operators on variables may lack inputs or outputs.
+        operators = [x for x in graph.operators if _count(x.inputs) and _count(x.outputs)]
+        producers = {output: operator for operator in operators for output in operator.outputs}
         unread: list[int] = []
-        for operator in graph.operators:
-            name, output = codes[operator.opcodeIndex], graph.tensors[operator.outputs[0]]
-            first, *others = operator.inputs
+        for operator in operators:
+            name, (first, *others) = codes[operator.opcodeIndex], operator.inputs
+            is_reshape = name in ("EXPAND_DIMS", "SQUEEZE")
+            is_reshape |= name == "RESHAPE" and bool(producers.keys() & set(others))
+            output = graph.tensors[operator.outputs[0]]
             sizes = output.shape if output.shapeSignature is None else output.shapeSignature
-            # A scalar has None.
-            is_known = sizes is not None and len(sizes) > 0 and list(sizes).count(-1) < 2
-            if name == "RESHAPE":
-                is_known = is_known and producers.keys() & set(others)
-            if name in ("EXPAND_DIMS", "SQUEEZE", "RESHAPE") and is_known:
+            if is_reshape and _count(sizes) and list(sizes).count(-1) < 2:
                 buffer = flatbuffer.add_buffer(model, np.array(sizes, "int32"))
+                name = output.name + b"_sizes"
                 graph.tensors.append(
-                    schema.TensorT(
-                        [len(sizes)], schema.TensorType.INT32, buffer, output.name + b"_sizes"
-                    )
+                    schema.TensorT([len(sizes)], schema.TensorType.INT32, buffer, name)
                 )
                 operator.inputs = [first, len(graph.tensors) - 1]
                 operator.opcodeIndex = codes.index("RESHAPE")
@@ -61,24 +59,28 @@ def simplify(content: bytes) -> bytes:
             if name == "SHAPE" and producer and codes[producer.opcodeIndex] == "DEQUANTIZE":
                 operator.inputs = producer.inputs
                 unread.append(first)
-        _drop(graph, unread)
+        dropped = _find_useless(graph, operators, unread)
+        graph.operators = [x for x in graph.operators if id(x) not in dropped]
     return flatbuffer.write(model)
 
 
-def _drop(graph: Any, tensors: list[int]) -> None:
-    """Takes out the operators whose outputs nothing reads, upstream of some tensors."""
-    producers = {output: operator for operator in graph.operators for output in operator.outputs}
-    readers = collections.Counter(i for operator in graph.operators for i in operator.inputs)
+def _count(numbers: Any) -> int:
+    """The length of a vector of a file, which is None if it is empty."""
+    return 0 if numbers is None else len(numbers)
+
+
+def _find_useless(graph: Any, operators: Sequence[Any], tensors: Iterable[int]) -> set[int]:
+    """The operators whose outputs nothing reads, upstream of some tensors, by `id`."""
+    producers = {output: operator for operator in operators for output in operator.outputs}
+    readers = collections.Counter(i for operator in operators for i in operator.inputs)
     readers.update(graph.outputs)
-    dropped = set()
-    while tensors:
-        operator = producers.get(tensors.pop())
-        if (
-            operator
-            and id(operator) not in dropped
-            and not any(readers[i] for i in operator.outputs)
-        ):
-            dropped.add(id(operator))
-            readers.subtract(operator.inputs)
-            tensors.extend(operator.inputs)
-    graph.operators = [operator for operator in graph.operators if id(operator) not in dropped]
+    found: set[int] = set()
+    pending = list(tensors)
+    while pending:
+        operator = producers.get(pending.pop())
+        if operator is None or id(operator) in found or any(readers[i] for i in operator.outputs):
+            continue
+        found.add(id(operator))
+        readers.subtract(operator.inputs)
+        pending.extend(operator.inputs)
+    return found
