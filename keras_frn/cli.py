@@ -19,7 +19,7 @@ from . import __version__, graph
 from .addons.loading import load_addons_model
 from .conversion import replace_batch_normalization
 from .demo import run
-from .errors import ArgumentError, ArgumentWarning
+from .errors import ArgumentError, ArgumentWarning, format_count
 from .export import export_tflite
 from .export.presets import PRESETS
 from .monitor import list_frn_layers, measure_layers, plot_layers
@@ -179,9 +179,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _print_layers(model: keras.Model) -> None:
     layers = list_frn_layers(model)
-    print(f"{model.name}: {len(layers)} FRN and TLU layers, {model.count_params():,} parameters")
+    found = format_count(len(layers), "FRN or TLU layer")
+    print(f"{model.name}: {found}, {model.count_params():,} parameters")
     if count := _count_batch_normalizations(model):
-        print(f"{count} BatchNormalization layers, which `keras-frn convert` turns into FRN")
+        found = format_count(count, "BatchNormalization layer")
+        print(f"{found}, which `keras-frn convert` turns into FRN")
     for layer in layers:
         print(f"{layer.name} ({type(layer).__name__}, axis={layer.axis})")
         for weight in layer.weights:

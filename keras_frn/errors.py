@@ -1,6 +1,6 @@
 """Errors and warnings about an argument, which a caller may have under another name."""
 
-__all__ = ["ArgumentError", "ArgumentWarning"]
+__all__ = ["ArgumentError", "ArgumentWarning", "format_count"]
 
 
 class _About(Exception):
@@ -22,3 +22,8 @@ class ArgumentError(_About, ValueError):
 
 class ArgumentWarning(_About, UserWarning):
     """A `UserWarning` about an argument, as `ArgumentError` is a `ValueError`."""
+
+
+def format_count(number: int, noun: str) -> str:
+    """As in "1 layer" and "2 layers"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import graph
 from .data_checks import find_doubts
-from .errors import ArgumentError, ArgumentWarning
+from .errors import ArgumentError, ArgumentWarning, format_count
 from .typing import CalibrationData
 
 __all__ = ["BATCH_SIZE", "MAX_SAMPLES", "Samples"]
@@ -93,8 +93,8 @@ class Samples:
         doubts = list(find_doubts(model, self, self.ranges))
         if self.count and len(different) < least:
             doubts.append(
-                f"has {len(different)} different samples. Pass 100 or more: so few do not show the "
-                "range of each channel."
+                f"has {format_count(len(different), 'different sample')}. Pass 100 or more: so few "
+                "do not show the range of each channel."
             )
         found = [ArgumentWarning(argument, text) for text in doubts]
         self.warnings = [str(warning) for warning in found]

@@ -244,5 +244,5 @@ def test_nested_models_get_the_weights_of_lists_and_dicts_by_name(folder, name):
 def test_arrays_missing_from_the_model_are_reported(folder):
     small = keras.Sequential(flat().layers[:2])
     small.build((None, 8, 8, 3))
-    with pytest.raises(ValueError, match=r"it has 1 arrays that the model has not, such as .*tau"):
+    with pytest.raises(ValueError, match=r"it has 1 array that the model has not, such as .*tau"):
         load(folder, "flat", small)

@@ -46,7 +46,7 @@ def run(*arguments):
 def test_inspect_prints_a_table(files, capsys):
     assert run("inspect", files / "frn.keras") == 0
     printed = capsys.readouterr().out
-    assert "1 FRN and TLU layers" in printed
+    assert "1 FRN or TLU layer," in printed
     assert "-0.25" in printed
 
 
@@ -262,7 +262,7 @@ def test_inspect_errors(files, capsys, monkeypatch, arguments, message):
 
 def test_inspect_and_convert_refer_to_each_other(files, capsys):
     assert run("inspect", files / "bn.keras") == 0
-    assert "1 BatchNormalization layers, which `keras-frn convert`" in capsys.readouterr().out
+    assert "1 BatchNormalization layer, which `keras-frn convert`" in capsys.readouterr().out
     assert run("convert", files / "frn.keras", files / "new.keras") == 2
     assert "`model` must have BatchNormalization layers" in capsys.readouterr().err
     assert not (files / "new.keras").exists()

@@ -478,8 +478,8 @@ def test_report_lists_replacements_and_reasons(rng):
     model = keras.Model(inputs, x)
     converted, report = _convert(model, return_report=True)
     text = str(report)
-    assert "2 BatchNormalization layers became FRN and 0 were left" in text
-    assert "0 activations became TLU and 1 were kept" in text
+    assert "2 BatchNormalization layers became FRN, 0 left; " in text
+    assert "; 0 activations became TLU, 1 kept." in text
     assert (report.replaced, report.left) == (2, 0)
     rows = {entry.layer: entry for entry in report.entries}
     assert rows["bn"].positions == 24
@@ -632,11 +632,11 @@ def test_composite_layers_are_converted(rng, tmp_path):
 def test_composite_layers_that_cannot_be_converted_are_named(kind, reason, rng):
     model = _train_inside(_blocks(None, kind), rng)
     model.get_layer("block1").bn.trainable = False
-    match = rf"`model` keeps 1 of 2 BatchNormalization layers.*: block1 \(1 .*{reason}"
+    match = rf"`model` keeps 1 of 2 BatchNormalization layers, .*: block1 \(1 .*layer .*{reason}"
     with pytest.warns(UserWarning, match=match):
         converted, report = _convert(model, return_report=True)
     assert (report.replaced, report.left, len(_left_in(converted))) == (1, 1, 1)
-    assert "1 BatchNormalization layers became FRN and 1 were left" in str(report)
+    assert "1 BatchNormalization layer became FRN, 1 left; " in str(report)
     block = converted.get_layer("block1")
     assert (block.bn.trainable, block.conv.trainable) == (False, True)
 
@@ -738,7 +738,7 @@ def test_relu_operation_becomes_tlu(relu, rng, tmp_path):
     x = _input(model, rng)
     converted, report = _convert(model, epsilon_ratio=FIXED_SCALE, return_report=True)
     assert sum(isinstance(layer, TLU) for layer in converted.layers) == 1
-    assert "1 activations became TLU" in str(report)
+    assert "; 1 activation became TLU" in str(report)
     close(converted(x), model(x), ROUNDING)
     rows = _report(model, replace_activations=False).entries
     assert [row.reason for row in rows if row.action == "kept"] == ["not asked for"]

@@ -58,7 +58,7 @@ def _addons_files():
 
 
 def _is_converted(names):
-    assert "1 BatchNormalization layers became FRN" in str(names["report"])
+    assert "1 BatchNormalization layer became FRN" in str(names["report"])
     assert len(names["functional"].layers) == len(names["model"].layers) + 1
     assert names["scheduler"].ratio == pytest.approx(0.1)
 

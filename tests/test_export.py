@@ -20,7 +20,7 @@ from exporting import (
 from keras import layers
 from reference import close
 
-from keras_frn.export import export_tflite
+from keras_frn.export import ExportReport, export_tflite
 from keras_frn.export.runtime import LiteRT, LiteRTError
 
 pytestmark = exports
@@ -255,7 +255,7 @@ def test_report_describes_the_file(tmp_path, rng, capsys):
     inputs = keras.Input((12, 12, 3))
     x = layers.Activation("elu")(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
     model, x = shuffled_weights(keras.Model(inputs, layers.Dense(3)(x))), images(rng)
-    with pytest.warns(UserWarning, match="1 operators stay in float.*: 1 ELU"):
+    with pytest.warns(UserWarning, match="operators stay in float.*: 1 ELU"):
         report = export_tflite(
             model, tmp_path / "m.tflite", quantization="int8", calibration_data=x, verbose=True
         )
@@ -266,10 +266,27 @@ def test_report_describes_the_file(tmp_path, rng, capsys):
     text = str(report)
     assert f"{report.max_error:.3g}, {fraction:.2%} of the output's range, limit 20%" in text
     assert "in float       1 ELU" in text
-    assert "equalized      0 of 1 normalizations" in text
+    assert "equalized      0 of 1 normalization\n" in text
     assert "not first: it is fed by the model's input" in text
     assert "int8_float_statistics" in text  # what the warning recommends
     assert "no `calibration_data`" in str(export_tflite(model, tmp_path / "m.tflite"))
+
+
+@pytest.mark.parametrize(
+    ("number", "lines"),
+    [
+        (1, ["runs 1 of 1 operator in 1 piece\n", " 1 sample, ", " 0 of 1 normalization\n"]),
+        (2, ["runs 2 of 2 operators in 2 pieces: ", " 2 samples, ", " 0 of 2 normalizations\n"]),
+    ],
+)
+def test_report_counts_in_singular_and_plural(number, lines):
+    kept = {str(i): "reason" for i in range(number)}
+    counts = {"operators": {"RELU": number}, "delegated": number, "partitions": number}
+    errors = {"max_error": 0.0, "max_error_fraction": 0.0, "bound": 0.2, "agreement": None}
+    seen = {"samples": number, "ranges": {"image": (0, 1)}}
+    file = {"path": "m.tflite", "quantization": "int8", "size": 1, "is_quantized": True}
+    report = ExportReport(in_float={}, not_equalized=kept, **file, **counts, **errors, **seen)
+    assert all(line in str(report) for line in lines)
 
 
 @pytest.mark.parametrize("accelerator", ["ethos-u55-128", "ethos-u85-256"])
@@ -301,7 +318,7 @@ def test_npu_runs_every_operator(accelerator, tmp_path, rng):
 
 def test_useless_calibration_data_warns(tmp_path, rng):
     x = images(rng)
-    for data, message in ((0 * x, "hardly varies"), (x[:1], "1 different samples")):
+    for data, message in ((0 * x, "hardly varies"), (x[:1], "1 different sample.")):
         with pytest.warns(UserWarning, match=message):
             report = export_tflite(
                 small_model(), tmp_path / "m.tflite", quantization="int8", calibration_data=data

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from .. import graph
-from ..errors import ArgumentError
+from ..errors import ArgumentError, format_count
 from ..layers import TLU, FilterResponseNormalization
 from . import files
 
@@ -149,7 +149,8 @@ def _check_pairs(tree: Node, pairs: list[Pair], arrays: list[files.NamedArray]) 
     read = {id(pair.array) for pair in pairs}
     unread = sorted(name for name, array in arrays if id(array) not in read)
     if unread:
-        problem = f"it has {len(unread)} arrays that the model has not, such as {unread[:5]}"
+        count = format_count(len(unread), "array")
+        problem = f"it has {count} that the model has not, such as {unread[:5]}"
         raise ValueError(f"{problem}: its layers must be those of the file")
     for pair in pairs:
         pair.value("per_channel_mean")
@@ -258,7 +259,8 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
         if len(arrays) == len(pairs):
             doubt = _NESTED if _are_alike(pairs) else ""
             return _match_list(tree, pairs, arrays, doubt)
-        raise ValueError(f"it has {len(lists)} layers with weights, the model {len(layers)}")
+        count = format_count(len(lists), "layer")
+        raise ValueError(f"it has {count} with weights, the model {len(layers)}")
     if {layer.layer.name for layer in layers} == set(lists):
         layers.sort(key=lambda layer: list(lists).index(layer.layer.name))
     found = _match_list(tree, tree.own, own) if own else []

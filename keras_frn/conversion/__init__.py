@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import keras
 
 from .. import graph
-from ..errors import ArgumentError, ArgumentWarning
+from ..errors import ArgumentError, ArgumentWarning, format_count
 from ..samples import Samples
 from ..typing import CalibrationData, is_number
 from .fit import fit, measure_agreement, set_closed_form
@@ -141,10 +141,10 @@ def _describe_rest(model: keras.Model, report: ConversionReport) -> Iterator[War
     """Warnings about what was not converted, or not well."""
     if report.left:
         names = ", ".join(f"{x.layer} ({x.reason})" for x in report.entries if x.left)
+        total = format_count(report.left + report.replaced, "BatchNormalization layer")
         text = (
-            f"keeps {report.left} of {report.left + report.replaced} BatchNormalization layers, "
-            f"which still use batch statistics in `fit`: {names}. Build the model from layers that "
-            "hold none inside to replace them, too."
+            f"keeps {report.left} of {total}, with batch statistics in `fit`: {names}. Build the "
+            "model from layers that hold none inside to have all replaced."
         )
         yield ArgumentWarning("model", text)
     elif not report.replaced:

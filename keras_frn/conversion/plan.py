@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from .. import graph
+from ..errors import format_count
 from ..layers import TLU, FilterResponseNormalization
 from .fit import CONSTANT_EPSILON, Affine
 from .opening import holds_batch_normalization, is_batch_normalization
@@ -135,7 +136,8 @@ class Plan:
             elif left and not graph.is_graph(layer):
                 reason = self._closed.get(layer.name, "not a plain BatchNormalization")
                 if layer not in left:
-                    reason = f"{len(left)} BatchNormalization inside: {reason}"
+                    count = format_count(len(left), "BatchNormalization layer")
+                    reason = f"{count} inside: {reason}"
                 yield Replacement(**row, action="kept", reason=reason, left=len(left))
             elif self._find_norm(layer) and (isinstance(layer, _ACTIVATIONS) or _is_relu(layer)):
                 alone = len(self._find_sources(layer)) == 1

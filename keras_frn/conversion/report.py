@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from ..errors import format_count
+
 __all__ = ["FRN", "THRESHOLD", "ConversionReport", "Replacement"]
 
 FRN, THRESHOLD = "FRN", "TLU with a threshold of 0"
@@ -62,8 +64,8 @@ class ConversionReport:
         thresholds = sum(entry.reason == THRESHOLD for entry in self.entries)
         kept = sum(entry.action == "kept" and not entry.left for entry in self.entries)
         lines = [
-            f"{self.replaced} BatchNormalization layers became FRN and {self.left} were left; "
-            f"{thresholds} activations became TLU and {kept} were kept."
+            f"{format_count(self.replaced, 'BatchNormalization layer')} became FRN, {self.left} "
+            f"left; {format_count(thresholds, 'activation')} became TLU, {kept} kept."
         ]
         if self.agreement is not None:
             lines.append(f"Correlation with the given model: {self.agreement:.3f}")

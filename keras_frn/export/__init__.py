@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from .. import graph
-from ..errors import ArgumentError
+from ..errors import ArgumentError, format_count
 from ..layers import FilterResponseNormalization
 from ..samples import Samples
 from ..typing import CalibrationData, PathLike
@@ -135,7 +135,7 @@ def export_tflite(
         norms = [x for x in graph.list_layers(model) if isinstance(x, FilterResponseNormalization)]
         not_equalized = {norm.name: "it is part of a subclassed model" for norm in norms}
     elif calibration_data is not None and copy is not None:
-        show(f"equalizing {len(copy.normalizations)} normalizations")
+        show(f"equalizing {format_count(len(copy.normalizations), 'normalization')}")
         copy.equalize(samples, scheme.least_epsilon, to_peaks=scheme.is_calibrated)
         if scheme.floor:
             copy.use_integer_form(scheme.floor, scheme.bits)
@@ -303,8 +303,8 @@ def _describe_floats(in_float: dict[str, int], scheme: Scheme, is_quantized: boo
         ]
     if in_float and scheme.is_integer:
         return [
-            f"{sum(in_float.values())} operators stay in float, as they have no integer form: "
-            f"{list_counts(in_float)}. Integer-only hardware does not run them."
+            f"operators stay in float, as they have no integer form: {list_counts(in_float)}. "
+            "Integer-only hardware does not run them."
         ]
     return [f"weights stay in float: those of {list_counts(in_float)}."] if in_float else []
 

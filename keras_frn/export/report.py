@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from ..errors import format_count
 from .presets import Preset
 
 __all__ = ["ExportReport"]
@@ -58,8 +59,9 @@ class ExportReport:
         lines = [
             f"{self.path}: {self.quantization or 'float32'}{nothing}, {self.size:,} bytes",
             f"operators      {count}: {list_counts(self.operators)}",
-            f"XNNPACK        runs {self.delegated} of {count} operators in {self.partitions} "
-            f"piece{'' if self.partitions == 1 else 's: each one more costs time'}",
+            f"XNNPACK        runs {self.delegated} of {format_count(count, 'operator')} in "
+            + format_count(self.partitions, "piece")
+            + ("" if self.partitions == 1 else ": each one more costs time"),
         ]
         if self.quantization is not None:
             lines.append(f"in float       {list_counts(self.in_float) or 'none'}")
@@ -80,11 +82,12 @@ class ExportReport:
             ranges = (
                 f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()
             )
-            seen = f"{self.samples} samples, {', '.join(ranges)}"
+            seen = f"{format_count(self.samples, 'sample')}, {', '.join(ranges)}"
         lines.append(f"compared on    {seen}")
         total = len(self.equalized) + len(self.not_equalized)
         if total:
-            lines.append(f"equalized      {len(self.equalized)} of {total} normalizations")
+            of_all = format_count(total, "normalization")
+            lines.append(f"equalized      {len(self.equalized)} of {of_all}")
             lines += [f"  not {name}: {reason}" for name, reason in self.not_equalized.items()]
         return "\n".join([*lines, *(f"warning        {text}" for text in self.warnings)])
 
