@@ -14,6 +14,7 @@ from reference import close
 
 from keras_frn import TLU, FilterResponseNormalization, load_addons_model, load_addons_weights
 
+pytestmark = pytest.mark.once
 pytest.importorskip("tf_keras", reason="of the [test] extra")
 
 
@@ -71,6 +72,7 @@ DEEP = ["deep/ckpt", "gan.weights.h5"]  # a model in a model
 FILES = ["net", "net.h5", "net.weights.h5", "net.keras", "saved_model"]
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("name", [*FILES, "gan", "gan/ckpt-1", "model/ckpt", *DEEP])
 def test_a_subclassed_model_gets_its_weights(folder, name):
     y, io = load(folder, name)
@@ -101,6 +103,7 @@ class Both(keras.Model):
         return x
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("name", ["both", "both.weights.h5", "both.h5"])
 def test_layers_of_two_names_private_attributes_and_two_models(folder, name):
     with np.load(folder / "io.npz") as io:
@@ -125,6 +128,7 @@ class Mixed(keras.Model):
         return self.pair[1][1][0](self.pair[1][0](self.pair[0](x)))
 
 
+@pytest.mark.each_backend
 @pytest.mark.parametrize("name", ["mixed", "mixed.weights.h5", "mixed.h5"])
 def test_own_weights_frozen_layers_lists_in_tuples_and_the_state_of_training(folder, name):
     layers.Dense(1), layers.BatchNormalization()  # so that Keras has other numbers here

@@ -181,7 +181,7 @@ def test_scheduler_is_unaffected_by_the_optimizer(kind):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras refuses it there")
-@pytest.mark.parametrize("number", [2, 3, 8])
+@pytest.mark.parametrize("number", [3, 8])
 def test_scheduler_counts_batches_with_steps_per_execution(number):
     model, x, y = _converted()
     model.compile(keras.optimizers.SGD(0.0), "mse", steps_per_execution=number)

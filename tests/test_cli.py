@@ -296,9 +296,6 @@ def test_shape_option_refuses_a_size_that_is_not_a_number(files, capsys):
     assert "--input-shape: must be sizes with commas between" in capsys.readouterr().err
 
 
-COMMAND = [sys.executable, "-m", "keras_frn"]
-
-
 def test_messages_at_process_exit_are_visible():
     """Also those of a crash: nothing redirects the file descriptor."""
     code = "import atexit, os, sys; atexit.register(os.write, 2, b'dead'); "
@@ -330,7 +327,7 @@ def test_closed_pipe_is_not_an_error(files, capsys, monkeypatch):
 def test_control_c_exits_without_traceback(tmp_path):
     pytest.importorskip("sklearn", reason="of the [demo] extra")
     process = subprocess.Popen(
-        [*COMMAND, "demo", "--output", tmp_path / "demo"],
+        [sys.executable, "-u", "-m", "keras_frn", "demo", "--output", tmp_path / "demo"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         # A shell has what runs in its background ignore the signal, and so what that starts.

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from backends import BACKEND, layer_gradients, numpy
 from reference import INPUT_GRADIENT, VALUE, close, frn_tlu
 
-from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from keras_frn import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU, compilation
 
 tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow graphs")
 jax_only = pytest.mark.skipif(BACKEND != "jax", reason="of JAX programs")
@@ -116,12 +117,16 @@ def small_model(jit_compile, shape=(8, 8, 3)):
     )
 
 
-@pytest.mark.parametrize(
-    "mode", [{"jit_compile": False}, {"jit_compile": True}, {"run_eagerly": True}], ids=str
-)
+# Without `jit_compile` JAX and PyTorch run eagerly. With it PyTorch needs minutes for a step.
+MODES = {
+    "tensorflow": [{"jit_compile": False}, {"jit_compile": True}, {"run_eagerly": True}],
+    "jax": [{"jit_compile": False}, {"jit_compile": True}],
+    "torch": [{"jit_compile": False}],
+}
+
+
+@pytest.mark.parametrize("mode", MODES[BACKEND], ids=str)
 def test_fit_in_each_mode(mode, rng):
-    if BACKEND == "torch" and mode.get("jit_compile"):
-        pytest.skip("Keras' own torch.compile of the training step takes minutes here")
     x = rng.normal(size=(24, 8, 8, 3)).astype("float32")
     y = x.std((1, 2))[:, :2]
     losses = []
@@ -130,19 +135,30 @@ def test_fit_in_each_mode(mode, rng):
         model.compile(keras.optimizers.Adam(0.01), "mse", **mode)
         history = model.fit(x, y, batch_size=8, epochs=3, shuffle=False, verbose=0)
         losses.append(history.history["loss"])
-        assert model.evaluate(x, y, verbose=0) == pytest.approx(
-            float(np.mean((model.predict(x, verbose=0) - y) ** 2)), rel=1e-4
-        )
+    # Of the last model, whose layers are compiled; batches of 8 again, whose programs are there.
+    y_predicted = model.predict(x, batch_size=8, verbose=0)
+    assert model.evaluate(x, y, batch_size=8, verbose=0) == pytest.approx(
+        float(np.mean((y_predicted - y) ** 2)), rel=1e-4
+    )
     # Nine steps of float32 roundings that differ between programs.
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[1], rtol=1e-4)
     assert losses[1][-1] < losses[1][0]
 
 
+@pytest.fixture
+def graphs_only(monkeypatch):
+    """`torch.compile` that finds the graphs of a function, and makes no C++ of them."""
+    import torch
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compilation, "_compile", functools.cache(compilation._compile.__wrapped__))
+
+
 @torch_only
 @pytest.mark.parametrize("how", ["jit_compile=True", "torch.compile", "both"])
 @STACKS
-def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
+def test_torch_compiles_each_layer_as_one_graph(stack, how, rng, graphs_only):
     """A tensor between two graphs would be written at full size, in float32."""
     import torch
 
@@ -151,7 +167,7 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
     for layer in [*STACKS_OF_LAYERS[stack](), learned]:
         layer.jit_compile = True if how != "torch.compile" else None
         layer.build(x.shape)
-        run = layer if how == "jit_compile=True" else torch.compile(layer, backend="eager")
+        run = layer if how == "jit_compile=True" else torch.compile(layer)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         run(x)
@@ -161,7 +177,7 @@ def test_torch_compiles_each_layer_as_one_graph(stack, how, rng):
 
 
 @torch_only
-def test_torch_compiles_all_layers_of_a_large_model(rng):
+def test_torch_compiles_all_layers_of_a_large_model(rng, graphs_only):
     """PyTorch stops compiling a function after eight versions, and then runs it eagerly."""
     import torch
 

@@ -63,13 +63,14 @@ def test_card_lists_every_file_with_its_size(folder, about):
         assert entry["accuracy"] > about["files"]["keras"]["accuracy"] - 0.006
 
 
-@pytest.mark.parametrize("name", ["keras", "h5"])
+@pytest.mark.parametrize("name", ["keras", pytest.param("h5", marks=pytest.mark.once)])
 def test_whole_models_give_the_golden_outputs(name, folder, about, golden):
     model = keras.saving.load_model(folder / f"model.{name}", compile=False)
     check(model.predict(golden["x"], verbose=0), golden, name)
     assert model.count_params() == about["weights"] < 200_000
 
 
+@pytest.mark.once
 def test_weights_give_the_golden_outputs(folder, golden):
     model = keras.saving.load_model(folder / "model.keras", compile=False)
     model.set_weights([np.zeros_like(w) for w in model.get_weights()])

@@ -20,6 +20,7 @@ from reference import frn_tlu
 import keras_frn
 from keras_frn import models
 
+pytestmark = pytest.mark.once
 PAGE = (ROOT / "docs" / "weights-from-elsewhere.md").read_text()
 INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 SECTIONS = {section.partition("\n")[0]: section for section in SECTIONS}
@@ -76,9 +77,10 @@ def parameters(rng, *names, shape):
     }
 
 
-# Networks of packages that have a wheel
+# Networks of packages that have a wheel, which need JAX or PyTorch
 
 
+@pytest.mark.each_backend
 def test_bnn_hmc(rng):
     hk = pytest.importorskip("haiku", reason="pip install dm-haiku")
     jax = pytest.importorskip("jax")
@@ -157,6 +159,7 @@ def save_torch(norm, stride, rng, x):
     return y.detach().numpy().transpose(0, 2, 3, 1)
 
 
+@pytest.mark.each_backend
 def test_timm(rng, x, monkeypatch):
     timm = import_alone("timm.layers.filter_response_norm", monkeypatch)
     expected = save_torch(timm.FilterResponseNormTlu2d(8), 2, rng, x)
@@ -167,6 +170,7 @@ def test_timm(rng, x, monkeypatch):
     check("timm", x, expected, *changes)
 
 
+@pytest.mark.each_backend
 def test_torch_uncertainty(rng, x, monkeypatch):
     module = import_alone("torch_uncertainty.layers.filter_response_norm", monkeypatch)
     expected = save_torch(module.FilterResponseNorm2d(8), 1, rng, x)
@@ -176,6 +180,7 @@ def test_torch_uncertainty(rng, x, monkeypatch):
 # Twins of the formula
 
 
+@pytest.mark.each_backend
 def test_tattaka(rng, x):
     torch = pytest.importorskip("torch")
     kernel = rng.normal(size=(3, 3, 3, 8)).astype("float32")
