@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -7,6 +8,10 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
+
+# A sixth of the time went into looking for garbage among the objects of TensorFlow and Keras.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 # The same few examples in each run, however long they take: the first ones compile programs.
 hypothesis.settings.register_profile(
