@@ -156,8 +156,12 @@ def hub_segformer():
 
 
 def hub_basnet():
+    # Its encoder takes any size, and goes on after a convolution of as many filters as its own.
     return hub().BASNetBackbone(
-        image_encoder=hub_resnet(), num_classes=1, image_shape=(64, 64, 3), projection_filters=8
+        image_encoder=hub_resnet(None),
+        num_classes=1,
+        image_shape=(32, 32, 3),
+        projection_filters=64,
     )
 
 

@@ -338,6 +338,9 @@ SEQUENCES = [
     (layers.Dense(5), (12, 4)),
     (layers.Conv2DTranspose(4, 3, 2, "same"), (6, 6, 4)),
     (layers.Reshape((-1, 6)), (12, 4)),
+    (layers.GlobalMaxPooling1D(), (12, 4)),
+    (layers.GlobalMaxPooling2D(keepdims=True), (9, 8, 4)),
+    (layers.GlobalMaxPooling3D(), (6, 7, 8, 2)),
 ]
 
 
@@ -359,7 +362,7 @@ def test_operators_that_the_quantizer_lacks_are_written_in_others(parts, preset,
     actual = LiteRT(report.path, [i.name for i in inputs])(*x)
     for y, output in zip(actual, keras.tree.flatten(expected), strict=True):
         close(y, output, PRESETS[preset])
-    lacking = {"SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND", "EXPAND_DIMS", "SQUEEZE"}
+    lacking = {"SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND", "EXPAND_DIMS", "REDUCE_MAX"}
     assert not lacking & set(report.operators)
     assert not report.in_float
     assert not any("TensorFlow's converter" in text for text in report.warnings)

@@ -240,6 +240,19 @@ class AveragePooling3D(_Pooling3D, layers.AveragePooling3D):
     """Average pooling in steps."""
 
 
+class _GlobalMaxPooling(layers.Layer):
+    """Global max-pooling as one window, as ai-edge-quantizer has no REDUCE_MAX."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        *sizes, channels = inputs.shape[1:]
+        if None in sizes or not is_channels_last(self):
+            return super().call(inputs)
+        window = math.prod(sizes[:-1]), sizes[-1]
+        x = ops.max_pool(ops.reshape(inputs, (-1, *window, channels)), window, 1)
+        kept = [1] * len(sizes) if self.keepdims else []
+        return ops.reshape(x, (-1, *kept, channels))
+
+
 class Normalization(layers.Layer):
     """One of our normalizations with its weights as constants, in a float or an integer form.
 
@@ -333,8 +346,10 @@ _CONVOLUTIONS = (
     *(layers.Conv1D, layers.DepthwiseConv1D, layers.SeparableConv1D),
     *(layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D),
 )
+_GLOBAL_MAX = (layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D)
 # Layers that are made again in another class, which computes the same.
 REPLACED = {
+    **{layer: type(layer.__name__, (_GlobalMaxPooling, layer), {}) for layer in _GLOBAL_MAX},
     **{layer: type(layer.__name__, (_Dilated, layer), {}) for layer in _CONVOLUTIONS},
     layers.LeakyReLU: LeakyReLU,
     layers.Conv3D: Conv3D,
