@@ -73,14 +73,15 @@ class LiteRT:
         """Refuses scales that LiteRT ends the process for."""
         details = {d["index"]: d for d in self.interpreter.get_tensor_details()}
         for op in self.list_operators():
-            name, tensors = op["op_name"], [details.get(int(i)) for i in op["inputs"]]
+            name = op["op_name"]
             if name not in ("ADD", "SQUARED_DIFFERENCE", "DEPTHWISE_CONV_2D"):
                 continue
-            output = details[op["outputs"][0]]
-            first, second = (d["quantization_parameters"]["scales"] for d in tensors[:2] if d)
-            scale, bits = output["quantization"][0], 8 * np.dtype(output["dtype"]).itemsize
-            if not scale or not first.size or not second.size:
+            tensors = [details.get(int(i)) for i in (*op["inputs"][:2], op["outputs"][0])]
+            scales = [t["quantization_parameters"]["scales"] for t in tensors if t]
+            if len(scales) < 3 or not all(x.size for x in scales):
                 continue
+            first, second, (scale,) = scales
+            bits = 8 * np.dtype(details[op["outputs"][0]]["dtype"]).itemsize
             # What the kernels take as a fraction of one, and XNNPACK as a number below 256.
             if name == "ADD":
                 ratio = max(*first, *second) / scale / (2**19 if bits == 8 else 2**14)
