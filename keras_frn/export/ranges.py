@@ -175,10 +175,11 @@ def _widen_outputs(
         span = np.ptp([*ranges[details[product.input]["name"]].values()])
         step = np.float32(span / 127 * np.abs(weights).max())
         name = details[operators[product.number]["outputs"][0]]["name"]
-        low, high = ranges[name]["min"], ranges[name]["max"]
-        if step > _LARGEST_STEP * max(np.ptp([low, high]), LEAST_SPAN):
-            low = low * step / _LARGEST_STEP / max(np.ptp([low, high]), LEAST_SPAN)
-            widened[name] = {"min": low, "max": low + step / _LARGEST_STEP}
+        low, width = ranges[name]["min"], max(np.ptp([*ranges[name].values()]), LEAST_SPAN)
+        least = step / _LARGEST_STEP
+        if width < least:
+            low = low * least / width
+            widened[name] = {"min": low, "max": low + least}
     return widened
 
 

@@ -12,6 +12,14 @@ from ..typing import Array, Batch, PathLike
 
 __all__ = ["LiteRT", "LiteRTError", "find_upstream", "import_litert"]
 
+# From which ratio of the scale of what an operator reads to that of its output on LiteRT ends the
+# process, by bits. Kernels take the ratio as a fraction of one, and XNNPACK as a number below 256.
+_SCALE_RATIOS = {
+    "ADD": {8: 2**19, 16: 2**14},
+    "SQUARED_DIFFERENCE": {8: 2**12},
+    "DEPTHWISE_CONV_2D": {8: 2**8},
+}
+
 
 class LiteRTError(RuntimeError):
     """LiteRT does not run a file."""
@@ -74,22 +82,20 @@ class LiteRT:
         details = {d["index"]: d for d in self.interpreter.get_tensor_details()}
         for op in self.list_operators():
             name = op["op_name"]
-            if name not in ("ADD", "SQUARED_DIFFERENCE", "DEPTHWISE_CONV_2D"):
+            tensors = [details.get(int(i)) for i in (*op["inputs"][:2], *op["outputs"][:1])]
+            if name not in _SCALE_RATIOS or not all(tensors):
                 continue
-            tensors = [details.get(int(i)) for i in (*op["inputs"][:2], op["outputs"][0])]
-            scales = [t["quantization_parameters"]["scales"] for t in tensors if t]
-            if len(scales) < 3 or not all(x.size for x in scales):
-                continue
-            first, second, (scale,) = scales
+            first, second, output = (t["quantization_parameters"]["scales"] for t in tensors if t)
             bits = 8 * np.dtype(details[op["outputs"][0]]["dtype"]).itemsize
-            # What the kernels take as a fraction of one, and XNNPACK as a number below 256.
-            if name == "ADD":
-                ratio = max(*first, *second) / scale / (2**19 if bits == 8 else 2**14)
-            elif name == "SQUARED_DIFFERENCE":
-                ratio = max(*first, *second) ** 2 / scale / 2**12 if bits == 8 else 0
-            else:
-                ratio = first.max() * second.max() / scale / 2**8 if bits == 8 else 0
-            if ratio >= 1:
+            limit = _SCALE_RATIOS[name].get(bits)
+            if not first.size or not second.size or not output.size or limit is None:
+                continue
+            inputs = {
+                "ADD": max(*first, *second),
+                "SQUARED_DIFFERENCE": max(*first, *second) ** 2,
+                "DEPTHWISE_CONV_2D": first.max() * second.max(),
+            }
+            if inputs[name] / output[0] >= limit:
                 raise LiteRTError(
                     f"{name} gives numbers so small beside those it reads that {bits} bits do not "
                     "hold both"

@@ -6,7 +6,7 @@ operators, and NPUs leave them to the CPU.
 """
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,26 +40,25 @@ def simplify(content: bytes) -> bytes:
         unread: list[int] = []
         for operator in operators:
             name, (first, *others) = codes[operator.opcodeIndex], operator.inputs
-            is_reshape = name in ("EXPAND_DIMS", "SQUEEZE")
-            is_reshape |= name == "RESHAPE" and bool(producers.keys() & set(others))
             output = graph.tensors[operator.outputs[0]]
             sizes = output.shape if output.shapeSignature is None else output.shapeSignature
-            if is_reshape and _count(sizes) and list(sizes).count(-1) < 2:
+            is_known = _count(sizes) and list(sizes).count(-1) < 2
+            is_computed = name == "RESHAPE" and producers.keys() & set(others)
+            if is_known and (is_computed or name in ("EXPAND_DIMS", "SQUEEZE")):
                 buffer = flatbuffer.add_buffer(model, np.array(sizes, "int32"))
-                name = output.name + b"_sizes"
-                graph.tensors.append(
-                    schema.TensorT([len(sizes)], schema.TensorType.INT32, buffer, name)
-                )
+                kind, label = schema.TensorType.INT32, output.name + b"_sizes"
+                graph.tensors.append(schema.TensorT([len(sizes)], kind, buffer, label))
                 operator.inputs = [first, len(graph.tensors) - 1]
                 operator.opcodeIndex = codes.index("RESHAPE")
                 operator.builtinOptions = schema.ReshapeOptionsT()
                 operator.builtinOptionsType = schema.BuiltinOptions.ReshapeOptions
                 unread += others
-            producer = producers.get(first)
-            if name == "SHAPE" and producer and codes[producer.opcodeIndex] == "DEQUANTIZE":
-                operator.inputs = producer.inputs
-                unread.append(first)
-        dropped = _find_useless(graph, operators, unread)
+            elif name == "SHAPE" and first in producers:
+                producer = producers[first]
+                if codes[producer.opcodeIndex] == "DEQUANTIZE":
+                    operator.inputs = producer.inputs
+                    unread.append(first)
+        dropped = _find_useless(graph, producers, unread)
         graph.operators = [x for x in graph.operators if id(x) not in dropped]
     return flatbuffer.write(model)
 
@@ -69,11 +68,10 @@ def _count(numbers: Any) -> int:
     return 0 if numbers is None else len(numbers)
 
 
-def _find_useless(graph: Any, operators: Sequence[Any], tensors: Iterable[int]) -> set[int]:
+def _find_useless(graph: Any, producers: Mapping[int, Any], tensors: Iterable[int]) -> set[int]:
     """The operators whose outputs nothing reads, upstream of some tensors, by `id`."""
-    producers = {output: operator for operator in operators for output in operator.outputs}
-    readers = collections.Counter(i for operator in operators for i in operator.inputs)
-    readers.update(graph.outputs)
+    inputs = [x.inputs for x in graph.operators if _count(x.inputs)]
+    readers = collections.Counter(i for read in (*inputs, graph.outputs) for i in read)
     found: set[int] = set()
     pending = list(tensors)
     while pending:
