@@ -41,9 +41,9 @@ def is_graph(layer: Any) -> TypeGuard[keras.Model]:
     return isinstance(layer, keras.Model) and isinstance(layer, (keras.Sequential, keras.Function))
 
 
-def list_layers(model: keras.Layer) -> list[keras.Layer]:
-    """Lists every layer of a model once, those inside of other layers and models included."""
-    return list(model._flatten_layers(include_self=False))
+def list_layers(layer: Any) -> list[keras.Layer]:
+    """Lists every layer in a model or layer once, at any depth. An operation has none."""
+    return list(layer._flatten_layers(include_self=False)) if isinstance(layer, keras.Layer) else []
 
 
 def is_built(model: keras.Layer) -> bool:

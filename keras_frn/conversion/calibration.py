@@ -35,7 +35,8 @@ class ForwardPass:
     def __init__(self, model: keras.Model, samples: Samples, unfitted: Iterable[Any]) -> None:
         steps, inputs = graph.unroll(model)
         self._unfitted = set(unfitted)
-        self._changing = {step: self._find_unfitted(step.layer) for step in steps}
+        inside = {step: {step.layer, *graph.list_layers(step.layer)} for step in steps}
+        self._changing = {step: self._unfitted & layers for step, layers in inside.items()}
         self._pending = dict.fromkeys(steps)
         self._uses = collections.Counter(key for step in steps for key in step.inputs)
         self._values = {key: _Values() for key in inputs}
@@ -43,10 +44,6 @@ class ForwardPass:
         for self._count, batch in enumerate(samples, 1):
             for key, array in zip(inputs, batch):
                 self._values[key].append(graph.Value(array))
-
-    def _find_unfitted(self, layer: Any) -> set[Any]:
-        inside = graph.list_layers(layer) if isinstance(layer, keras.Layer) else []
-        return self._unfitted & {layer, *inside}
 
     def fit(self, fit_layer: Callable[[Any, Callable[..., None]], None]) -> None:
         """Calls `fit_layer(layer, watch_inputs)` for each layer that changes, just before it runs.

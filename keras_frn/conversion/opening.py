@@ -16,15 +16,13 @@ def is_batch_normalization(layer: Any) -> bool:
     """Whether a layer is BatchNormalization, or another's layer with the same statistics."""
     if isinstance(layer, keras.layers.BatchNormalization):
         return True
-    names = [weight.name for weight in layer.weights]
+    names = [weight.name for weight in getattr(layer, "weights", ())]
     return "moving_variance" in names and not graph.list_layers(layer)
 
 
 def holds_batch_normalization(layer: Any) -> bool:
     """Whether a layer that is no model of known wiring has BatchNormalization inside."""
-    if not isinstance(layer, keras.Layer) or graph.is_graph(layer):
-        return False
-    return any(map(is_batch_normalization, graph.list_layers(layer)))
+    return not graph.is_graph(layer) and any(map(is_batch_normalization, graph.list_layers(layer)))
 
 
 def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
@@ -63,7 +61,7 @@ def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
 
 def _is_readable(layer: Any) -> bool:
     """Whether a layer can be made from its config, as a file does it."""
-    if graph.is_graph(layer) or not isinstance(layer, keras.Layer) or not graph.list_layers(layer):
+    if graph.is_graph(layer) or not graph.list_layers(layer):
         return True
     try:
         type(layer).from_config(layer.get_config())

@@ -51,7 +51,7 @@ class Plan:
         closed: Mapping[str, str],
     ) -> None:
         self._learned_epsilon, self._closed = learned_epsilon, closed
-        self._asked, self.copies = replace_activations, dict[Any, Any]()
+        self.copies: dict[Any, Any] = {}
         self._wirings = [graph.Wiring(model)]
         self.ratios: dict[Any, Any] = {}
         for wiring in self._wirings:  # which grows
@@ -125,8 +125,8 @@ class Plan:
         layers |= dict.fromkeys(self.ratios)  # those inside of a `TimeDistributed`, too
         for layer in layers:
             row: dict[str, Any] = {"layer": layer.name, "kind": type(layer).__name__}
-            inside = graph.list_layers(layer) if isinstance(layer, keras.Layer) else []
-            left = [x for x in (layer, *inside) if _is_left(x) and x not in self.ratios]
+            inside = filter(is_batch_normalization, (layer, *graph.list_layers(layer)))
+            left = [x for x in inside if x not in self.ratios]
             if layer in self.ratios:
                 row |= {"positions": count_positions(layer)}
                 row |= {"epsilon_ratio": float(np.median(ratios[layer]))}
@@ -144,10 +144,6 @@ class Plan:
                 reason = "not asked for" if alone else "other layers come before it too"
                 reason = reason if _is_relu(layer) else "not a ReLU"
                 yield Replacement(**row, action="kept", reason=reason)
-
-
-def _is_left(layer: Any) -> bool:
-    return isinstance(layer, keras.Layer) and is_batch_normalization(layer)
 
 
 def _list_distributed(layer: Any) -> list[Any]:
