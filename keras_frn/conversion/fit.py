@@ -26,25 +26,19 @@ _TINY = np.finfo("float32").tiny
 
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """BatchNormalization at inference, `scale * x + offset`, in float64."""
+    """BatchNormalization at inference, `scale * x + offset`, and the mean square of its inputs."""
 
     scale: Any
     offset: Any
-    mean: Any
-    variance: Any
+    mean_square: Any
 
     @classmethod
     def of(cls, bn: Any) -> "Affine":
-        """Reads the weights of a layer."""
+        """Reads the weights of a layer, in float64."""
         mean, variance = _float64(bn.moving_mean), _float64(bn.moving_variance)
         scale = (1.0 if bn.gamma is None else _float64(bn.gamma)) / np.sqrt(variance + bn.epsilon)
         offset = (0.0 if bn.beta is None else _float64(bn.beta)) - scale * mean
-        return cls(scale, offset, mean, variance)
-
-    @property
-    def mean_square(self) -> Any:
-        """The mean square of the inputs, per channel."""
-        return np.maximum(self.mean**2 + self.variance, _TINY)
+        return cls(scale, offset, np.maximum(mean**2 + variance, _TINY))
 
 
 def set_closed_form(frn: Any, bn: Any, ratio: float) -> None:
@@ -91,7 +85,7 @@ def fit(
     with graph.watch_calls(replaced.values(), record):
         for batch in samples:
             model(samples.nest(batch), training=False)
-    targets = {bn: _Target.of(bn, moments) for bn, moments in inputs.items()}
+    targets = {bn: _measure_outputs(bn, moments) for bn, moments in inputs.items()}
     progress = keras.utils.Progbar(len(targets), unit_name="layer") if verbose else None
     measured: dict[Any, Any] = {}
 
@@ -164,26 +158,16 @@ class _Moments:
         return np.average(values, axis=0, weights=self.positions)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """What each channel of a layer gives: mean, standard deviation and the sign of its scale."""
-
-    mean: Any
-    deviation: Any
-    sign: Any
-
-    @classmethod
-    def of(cls, bn: Any, moments: Iterable[_Moments]) -> "_Target":
-        """Those of a BatchNormalization layer on the samples."""
-        affine, joined = Affine.of(bn), _Moments.join(moments)
-        mean = joined.average(joined.mean)
-        variance = np.maximum(joined.average(joined.mean_square) - mean**2, 0.0)
-        scale = affine.scale
-        return cls(scale * mean + affine.offset, np.abs(scale) * np.sqrt(variance), np.sign(scale))
+def _measure_outputs(bn: Any, recorded: Iterable[_Moments]) -> tuple[Any, Any]:
+    """The mean of each output channel, and the standard deviation with the sign of the scale."""
+    affine, moments = Affine.of(bn), _Moments.join(recorded)
+    mean = moments.average(moments.mean)
+    variance = np.maximum(moments.average(moments.mean_square) - mean**2, 0.0)
+    return affine.scale * mean + affine.offset, affine.scale * np.sqrt(variance)
 
 
-def _fit_layer(frn: Any, recorded: list[_Moments], target: _Target, ratio: float) -> Any:
-    """Fits one layer and returns its epsilon / mean square."""
+def _fit_layer(frn: Any, recorded: list[_Moments], target: tuple[Any, Any], ratio: float) -> Any:
+    """Fits one layer to a mean and a standard deviation; returns its epsilon / mean square."""
     moments = _Moments.join(recorded)
     mean_square = moments.average(moments.mean_square)
     is_constant = frn.epsilon_ratio is None and frn.learned_epsilon is None
@@ -193,10 +177,11 @@ def _fit_layer(frn: Any, recorded: list[_Moments], target: _Target, ratio: float
     second = moments.average(r * r * moments.mean_square)
     variance = second - first**2
     # A channel that does not vary says nothing about its scale; the closed form stays.
-    varies = (variance > 1e-6 * second) & (target.deviation > 0)
-    scale = target.sign * target.deviation / np.sqrt(np.where(varies, variance, 1.0))
+    mean, deviation = target
+    varies = (variance > 1e-6 * second) & (deviation != 0)
+    scale = deviation / np.sqrt(np.where(varies, variance, 1.0))
     gamma = np.where(varies, scale, read_gamma(frn))
-    _assign(frn, gamma, target.mean - gamma * first, mean_square, ratio)
+    _assign(frn, gamma, mean - gamma * first, mean_square, ratio)
     return epsilon / np.maximum(mean_square, _TINY)
 
 
