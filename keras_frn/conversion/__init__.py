@@ -164,10 +164,8 @@ def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
     """Warnings about what a class of models had of its own and its copy has not."""
     kinds: dict[Any, Any] = {}
     for old, new in pairs:
-        has_more = [getattr(x, "preprocessor", None) is not None for x in (old, new)] == [
-            True,
-            False,
-        ]
+        before, after = (getattr(x, "preprocessor", None) for x in (old, new))
+        has_more = before is not None and after is None
         if has_more or not isinstance(new, type(old)):
             kinds.setdefault(type(old), (old, new, ["preprocessor"] * has_more))
     for kind, (old, new, own) in kinds.items():
