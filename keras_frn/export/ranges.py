@@ -46,11 +46,8 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
     With a `headroom` above 1 nothing saturates, and each range is as many times wider than on the
     samples, which other inputs exceed. The input of RSQRT gets what that resolves.
     """
-    operators, interpreter = runtime.list_operators(), runtime.interpreter
-    computed = {i for operator in operators for i in operator["outputs"]}
-    computed |= {detail["index"] for detail in interpreter.get_input_details()}
     limits: Limits = {}
-    for i, values in _each_tensor(runtime, samples, computed):
+    for i, values in _each_tensor(runtime, samples, runtime.list_computed()):
         # With zero, as the quantizer does; in float64, which divides any range of float32.
         low, high = limits.get(i, (0.0, 0.0))
         limits[i] = np.float64(values.min(initial=low)), np.float64(values.max(initial=high))
@@ -58,17 +55,14 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
         limits = _widen(runtime, samples, limits, headroom)
     else:
         limits |= _saturate(runtime, samples, limits)
-    details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
+    tensors, largest = runtime.list_tensors(), np.finfo("f4").max
     ranges: dict[str, Range] = {}
-    largest = np.finfo("f4").max
-    for i, (low, high) in limits.items():
+    for i, ends in limits.items():
         # Of the tensor's rank, as the quantizer wants them.
-        shape = (1,) * len(details[i]["shape"])
-        low, high = np.clip([low, high], -largest, largest)
-        ends = {"min": np.full(shape, low, "f4"), "max": np.full(shape, high, "f4")}
-        ranges[details[i]["name"]] = ends
-    filters = _widen_filters(runtime, ranges)
-    return ranges | filters | _widen_outputs(runtime, ranges, filters)
+        shape = (1,) * len(tensors[i]["shape"])
+        low, high = np.clip(ends, -largest, largest).astype("f4").reshape(2, *shape)
+        ranges[tensors[i]["name"]] = {"min": low, "max": high}
+    return ranges | _widen_products(runtime, ranges)
 
 
 def _each_tensor(
@@ -77,13 +71,13 @@ def _each_tensor(
     """The finite numbers of float tensors, batch by batch."""
     for batch in samples:
         runtime(*batch)
-        for detail in runtime.interpreter.get_tensor_details():
-            if detail["dtype"] == np.float32 and detail["index"] in chosen:
-                values = runtime.interpreter.get_tensor(detail["index"])
+        for i, tensor in runtime.list_tensors().items():
+            if tensor["dtype"] == np.float32 and i in chosen:
+                values = runtime.interpreter.get_tensor(i)
                 # An infinity, as in the mask of an attention, is beyond any range. In a constant,
                 # as the padding of a maximum, TensorFlow's converter has the largest number for it.
                 is_finite = np.abs(values) < np.finfo("f4").max
-                yield detail["index"], values if is_finite.all() else values[is_finite]
+                yield i, values if is_finite.all() else values[is_finite]
 
 
 def _widen(runtime: LiteRT, samples: Samples, limits: Limits, headroom: float) -> Limits:
@@ -101,11 +95,13 @@ def _widen(runtime: LiteRT, samples: Samples, limits: Limits, headroom: float) -
 
 def _saturate(runtime: LiteRT, samples: Samples, limits: Limits) -> Limits:
     """The limits without the rarest values, of the full-size tensors before normalizations."""
-    operators, details = runtime.list_operators(), runtime.interpreter.get_tensor_details()
+    operators, tensors = runtime.list_operators(), runtime.list_tensors()
+    roots = [i for root in _find_roots(operators) for i in root["inputs"]]
+    before = {i for n in find_upstream(operators, roots) for i in operators[n]["outputs"]}
     outputs = {detail["index"] for detail in runtime.interpreter.get_output_details()}
-    full_size = {d["index"] for d in details if np.prod(d["shape"][1:-1]) > 1}
-    saturating = _find_before_normalizations(operators) - _find_outputs(operators, outputs)
-    counts = _count(runtime, samples, saturating & full_size, limits)
+    full_size = {i for i, tensor in tensors.items() if np.prod(tensor["shape"][1:-1]) > 1}
+    saturating = (before & full_size) - _find_outputs(operators, outputs)
+    counts = _count(runtime, samples, saturating, limits)
     return {i: _clip(count, *limits[i]) for i, count in counts.items()}
 
 
@@ -120,66 +116,55 @@ def _count(
 
 
 class Product(NamedTuple):
-    """An operator with filters and a bias: its number, its name, and the tensors that it reads."""
+    """An operator with constant filters and bias: its number, its name, and its tensors."""
 
     number: int
     operator: str
     input: int
+    output: int
     filters: int
     bias: int
 
 
-def find_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> Iterator[Product]:
-    """The operators whose filters and bias are constants; `ranges` has the computed tensors."""
-    details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
+def find_products(runtime: LiteRT) -> Iterator[Product]:
+    """The operators whose filters and bias are constants."""
+    tensors, computed = runtime.list_tensors(), runtime.list_computed()
     for number, op in enumerate(runtime.list_operators()):
-        read = [i for i in op["inputs"] if i in details and details[i]["dtype"] is np.float32]
-        constant = [i for i in read if details[i]["name"] not in ranges]
+        read = [i for i in op["inputs"] if i in tensors and tensors[i]["dtype"] is np.float32]
+        constant = [i for i in read if i not in computed]
         if op["op_name"] not in CHANNELS or len(read) != 3 or len(constant) != 2:
             continue
         (given,) = set(read) - set(constant)
         # A transposed convolution reads the sizes of its output and its filters first.
         if read.index(given) == (op["op_name"] == "TRANSPOSE_CONV"):
-            yield Product(number, op["op_name"], given, *constant)
+            yield Product(number, op["op_name"], given, op["outputs"][0], *constant)
 
 
-def _widen_filters(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """The ranges of filters whose own steps are so small that their bias has too many."""
-    details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
+def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges of the filters and outputs of products that are too narrow for integers.
+
+    Filters have too small a step of their own if their bias would have too many. Outputs are too
+    narrow if one step of the input may leave them: XNNPACK takes no larger steps, and does not
+    survive them in a depthwise convolution.
+    """
+    names = {i: tensor["name"] for i, tensor in runtime.list_tensors().items()}
     widened = {}
-    for product in find_products(runtime, ranges):
+    for product in find_products(runtime):
         filters, bias = map(runtime.interpreter.get_tensor, (product.filters, product.bias))
         others = tuple(i for i in range(filters.ndim) if i != CHANNELS[product.operator])
         largest = np.abs(filters).max(others, keepdims=True)
-        span = np.ptp([*ranges[details[product.input]["name"]].values()])
-        least = 127 * 255 * np.abs(bias) / (_BIAS_STEPS * max(span, LEAST_SPAN))
-        if np.any(least.reshape(largest.shape) > largest):
-            bound = np.maximum(largest, least.reshape(largest.shape)).astype("f4")
-            widened[details[product.filters]["name"]] = {"min": -bound, "max": bound}
-    return widened
-
-
-def _widen_outputs(
-    runtime: LiteRT, ranges: Mapping[str, Range], filters: Mapping[str, Range]
-) -> dict[str, Range]:
-    """The ranges of outputs so narrow that one step of the input may leave them.
-
-    XNNPACK takes no larger steps, and does not survive them in a depthwise convolution.
-    """
-    details = {d["index"]: d for d in runtime.interpreter.get_tensor_details()}
-    operators = runtime.list_operators()
-    widened = {}
-    for product in find_products(runtime, ranges):
-        weights = runtime.interpreter.get_tensor(product.filters)
-        weights = filters.get(details[product.filters]["name"], {"max": weights})["max"]
-        span = np.ptp([*ranges[details[product.input]["name"]].values()])
-        step = np.float32(span / 127 * np.abs(weights).max())
-        name = details[operators[product.number]["outputs"][0]]["name"]
-        low, width = ranges[name]["min"], max(np.ptp([*ranges[name].values()]), LEAST_SPAN)
-        least = step / _LARGEST_STEP
-        if width < least:
-            low = low * least / width
-            widened[name] = {"min": low, "max": low + least}
+        span, width = (
+            max(np.ptp([*ranges[names[i]].values()]), LEAST_SPAN)
+            for i in (product.input, product.output)
+        )
+        least = 127 * 255 * np.abs(bias) / (_BIAS_STEPS * span)
+        bound = np.maximum(largest, least.reshape(largest.shape)).astype("f4")
+        if np.any(bound > largest):
+            widened[names[product.filters]] = {"min": -bound, "max": bound}
+        narrowest = np.float32(span / 127 * bound.max()) / _LARGEST_STEP
+        if width < narrowest:
+            low = ranges[names[product.output]]["min"] * narrowest / width
+            widened[names[product.output]] = {"min": low, "max": low + narrowest}
     return widened
 
 
@@ -198,12 +183,6 @@ def _clip(counts: Array, low: float, high: float) -> tuple[float, float]:
 def _find_roots(operators: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The reciprocal square roots, which normalizations have."""
     return [op for op in operators if op["op_name"] == "RSQRT"]
-
-
-def _find_before_normalizations(operators: Sequence[Mapping[str, Any]]) -> set[int]:
-    """The computed tensors that a reciprocal square root depends on."""
-    roots = [i for root in _find_roots(operators) for i in root["inputs"]]
-    return {output for i in find_upstream(operators, roots) for output in operators[i]["outputs"]}
 
 
 def _find_outputs(operators: Sequence[Mapping[str, Any]], outputs: set[int]) -> set[int]:

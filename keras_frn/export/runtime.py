@@ -79,7 +79,7 @@ class LiteRT:
 
     def _check_scales(self) -> None:
         """Refuses scales that LiteRT ends the process for."""
-        details = {d["index"]: d for d in self.interpreter.get_tensor_details()}
+        details = self.list_tensors()
         for op in self.list_operators():
             name = op["op_name"]
             tensors = [details.get(int(i)) for i in (*op["inputs"][:2], *op["outputs"][:1])]
@@ -125,6 +125,15 @@ class LiteRT:
         with contextlib.suppress(RuntimeError):
             self.interpreter.allocate_tensors()
 
+    def list_tensors(self) -> dict[int, dict[str, Any]]:
+        """The tensors by their indices: dicts of `name`, `shape`, `dtype` and more."""
+        return {detail["index"]: detail for detail in self.interpreter.get_tensor_details()}
+
+    def list_computed(self) -> set[int]:
+        """The indices of the tensors that are not constants: inputs, and outputs of operators."""
+        computed = {int(i) for op in self._split_operators()[0] for i in op["outputs"]}
+        return computed | {detail["index"] for detail in self.interpreter.get_input_details()}
+
     def list_operators(self) -> list[dict[str, Any]]:
         """The operators in the order of execution, then the delegates: dicts of `op_name` and the
         indices of `inputs` and `outputs`."""
@@ -141,28 +150,25 @@ class LiteRT:
 
         With `least_weights` only those count that have a float32 matrix of as many weights.
         """
-        details = self.interpreter.get_tensor_details()
-        floats = {d["index"]: int(np.prod(d["shape"])) for d in details if d["dtype"] is np.float32}
-        operators = self._split_operators()[0]
+        tensors = self.list_tensors()
+        floats = {i for i, tensor in tensors.items() if tensor["dtype"] is np.float32}
         if least_weights is not None:
-            computed = {i for op in operators for i in op["outputs"]}
-            computed |= {d["index"] for d in self.interpreter.get_input_details()}
-            matrices = {d["index"] for d in details if np.sum(d["shape"] > 1) > 1}
-            chosen = matrices - computed
-            floats = {i: n for i, n in floats.items() if i in chosen and n >= least_weights}
+            shapes = {i: tensors[i]["shape"] for i in floats - self.list_computed()}
+            matrices = {i: shape for i, shape in shapes.items() if np.sum(shape > 1) > 1}
+            floats = {i for i, shape in matrices.items() if np.prod(shape) >= least_weights}
         names = [
             op["op_name"]
-            for op in operators
+            for op in self._split_operators()[0]
             if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE", "SHAPE")
-            and floats.keys() & {int(i) for i in (*op["inputs"], *op["outputs"])}
+            and floats & {int(i) for i in (*op["inputs"], *op["outputs"])}
         ]
         return dict(collections.Counter(names))
 
     def is_quantized(self) -> bool:
         """Whether any tensor of numbers is stored in fewer bits than float32."""
-        details = self.interpreter.get_tensor_details()
         return any(
-            d["quantization_parameters"]["scales"].size or d["dtype"] is np.float16 for d in details
+            tensor["quantization_parameters"]["scales"].size or tensor["dtype"] is np.float16
+            for tensor in self.list_tensors().values()
         )
 
     def count_delegates(self) -> tuple[int, int]:
