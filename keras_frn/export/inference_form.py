@@ -28,6 +28,7 @@ from .inference_layers import (
     Normalization,
     ReLU6,
     is_channels_last,
+    list_classes,
     rank_of,
 )
 
@@ -44,24 +45,20 @@ _LARGEST_SUM = 2.0**14
 _FIRST_EPSILON = 1 / 16
 
 
-def _of_ranks(ranks: str, *names: str) -> tuple[type[keras.layers.Layer], ...]:
-    return tuple(getattr(layers, name.replace("N", rank, 1)) for name in names for rank in ranks)
-
-
-_MAX_POOLING = _of_ranks("123", "MaxPoolingND")
+_MAX_POOLING = list_classes("123", "MaxPoolingND")
 # A dense layer is a convolution of size 1.
-_CONVOLUTIONS = (layers.Dense, *_of_ranks("123", "ConvND"))
-_SEPARABLE = _of_ranks("12", "SeparableConvND")
-_DEPTHWISE = _of_ranks("12", "DepthwiseConvND")
-_TRANSPOSED = _of_ranks("123", "ConvNDTranspose")
+_CONVOLUTIONS = (layers.Dense, *list_classes("123", "ConvND"))
+_SEPARABLE = list_classes("12", "SeparableConvND")
+_DEPTHWISE = list_classes("12", "DepthwiseConvND")
+_TRANSPOSED = list_classes("123", "ConvNDTranspose")
 # They map a scaled channel to their output, scaled alike.
 _COMMUTING = (
     layers.Identity,
     layers.Dropout,
     layers.LeakyReLU,
     MaxPooling,
-    *_of_ranks("123", "CroppingND", "AveragePoolingND", "SpatialDropoutND", "ZeroPaddingND"),
-    *_of_ranks("123", "UpSamplingND", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
+    *list_classes("123", "CroppingND", "AveragePoolingND", "SpatialDropoutND", "ZeroPaddingND"),
+    *list_classes("123", "UpSamplingND", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
 )
 # f(k * x) = k * f(x) for k > 0.
 _HOMOGENEOUS = (keras.activations.linear, keras.activations.relu, keras.activations.leaky_relu)
@@ -177,16 +174,10 @@ class InferenceCopy:
 
     def _fuses(self, tensor: Tensor) -> bool:
         """Whether the operator that gives a tensor takes in an activation that follows."""
-        producer, products = (
-            self._wiring.producer(tensor),
-            (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE),
-        )
+        producer = self._wiring.producer(tensor)
+        fusing = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, layers.Add)
         is_alone = len(self._wiring.consumers(tensor)) == 1
-        return (
-            is_alone
-            and producer is not None
-            and isinstance(producer.layer, (*products, layers.Add))
-        )
+        return is_alone and producer is not None and isinstance(producer.layer, fusing)
 
     def _record(
         self, batches: Iterable[Batch], with_peaks: bool
@@ -302,12 +293,9 @@ def _is_scalable(layer: keras.layers.Layer) -> bool:
         isinstance(layer, (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
         and getattr(layer, "activation", None) in _HOMOGENEOUS
         and is_channels_last(layer)
-        and _has_plain_kernel(layer)
+        and not getattr(layer, "lora_enabled", False)
+        and not getattr(layer, "quantization_mode", None)
     )
-
-
-def _has_plain_kernel(layer: keras.layers.Layer) -> bool:
-    return not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
 
 
 def _other_axes(layer: Normalization) -> tuple[int, ...]:
@@ -337,23 +325,12 @@ def _scale_weights(layer: keras.layers.Layer, factor: Array) -> Batch:
     return weights
 
 
-def _to_float32(config: Any) -> Any:
-    """A config whose layers compute in float32."""
-    if isinstance(config, dict) and config.get("class_name") == "DTypePolicy":
-        config = config["config"]["name"]
-    if isinstance(config, dict):
-        return {
-            key: _to_float32(value) if key == "dtype" else _convert_inside(value)
-            for key, value in config.items()
-        }
-    return (
-        "float32"
-        if isinstance(config, str) and config in _OTHER_FLOATS
-        else _convert_inside(config)
-    )
-
-
-def _convert_inside(config: Any) -> Any:
-    if isinstance(config, (list, tuple)):
-        return type(config)(map(_convert_inside, config))
-    return _to_float32(config) if isinstance(config, dict) else config
+def _to_float32(value: Any, key: str = "dtype") -> Any:
+    """A config, or what it has under a key, with float32 for every other float that computes."""
+    if isinstance(value, dict):
+        if value.get("class_name") == "DTypePolicy":
+            return _to_float32(value["config"]["name"])
+        return {inner: _to_float32(item, inner) for inner, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_float32(item, "") for item in value)
+    return "float32" if key == "dtype" and value in _OTHER_FLOATS else value

@@ -20,6 +20,7 @@ __all__ = [
     "Normalization",
     "ReLU6",
     "is_channels_last",
+    "list_classes",
     "rank_of",
 ]
 
@@ -232,14 +233,6 @@ class _Pooling3D(layers.Layer):
         return ops.reshape(x, (-1, x.shape[1], *sizes, channels))
 
 
-class MaxPooling3D(_Pooling3D, layers.MaxPooling3D):
-    """Max-pooling in steps."""
-
-
-class AveragePooling3D(_Pooling3D, layers.AveragePooling3D):
-    """Average pooling in steps."""
-
-
 class _GlobalMaxPooling(layers.Layer):
     """Global max-pooling as one window, as ai-edge-quantizer has no REDUCE_MAX."""
 
@@ -342,18 +335,20 @@ def is_channels_last(layer: keras.layers.Layer) -> bool:
     return getattr(layer, "data_format", "channels_last") == "channels_last"
 
 
-_CONVOLUTIONS = (
-    *(layers.Conv1D, layers.DepthwiseConv1D, layers.SeparableConv1D),
-    *(layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D),
-)
-_GLOBAL_MAX = (layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D)
+def list_classes(ranks: str, *names: str) -> tuple[type[layers.Layer], ...]:
+    """The layers of Keras of some names, in which N is the rank."""
+    return tuple(getattr(layers, name.replace("N", rank, 1)) for name in names for rank in ranks)
+
+
+_CALLS = {
+    _Dilated: list_classes("12", "ConvND", "DepthwiseConvND", "SeparableConvND"),
+    _GlobalMaxPooling: list_classes("123", "GlobalMaxPoolingND"),
+    _Pooling3D: list_classes("3", "MaxPoolingND", "AveragePoolingND"),
+}
 # Layers that are made again in another class, which computes the same.
 REPLACED = {
-    **{layer: type(layer.__name__, (_GlobalMaxPooling, layer), {}) for layer in _GLOBAL_MAX},
-    **{layer: type(layer.__name__, (_Dilated, layer), {}) for layer in _CONVOLUTIONS},
+    **{x: type(x.__name__, (call, x), {}) for call, kinds in _CALLS.items() for x in kinds},
     layers.LeakyReLU: LeakyReLU,
     layers.Conv3D: Conv3D,
     layers.Conv3DTranspose: Conv3DTranspose,
-    layers.MaxPooling3D: MaxPooling3D,
-    layers.AveragePooling3D: AveragePooling3D,
 }
