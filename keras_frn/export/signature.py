@@ -23,7 +23,10 @@ def specs_of(model: keras.Model, input_signature: Sequence[Any] | None) -> list[
     else:
         config = model.get_build_config()
         shapes = config["shapes_dict"].values() if "shapes_dict" in config else config.values()
-        nested = [_nest_specs(shape) for shape in shapes]
+        # Nested as the model has seen them, of any type and batch size.
+        nested = keras.tree.map_shape_structure(
+            lambda shape: keras.InputSpec(shape=(None, *shape[1:])), list(shapes)
+        )
         own = keras.tree.flatten(nested)
     given = own if input_signature is None else keras.tree.flatten(input_signature)
     if len(given) != len(own) or not all(map(_fits, given, own)):
@@ -41,15 +44,6 @@ def _spec(shape: Shape, dtype: str | None, name: str | None = None) -> keras.Inp
     dtype = keras.backend.standardize_dtype(dtype or "float32")
     dtype = "float32" if keras.backend.is_float_dtype(dtype) else dtype
     return keras.InputSpec(shape=tuple(shape), dtype=dtype, name=name)
-
-
-def _nest_specs(shapes: Any) -> Any:
-    """The specs of a structure of shapes, as a subclassed model has seen them, of any type."""
-    if isinstance(shapes, dict):
-        return {name: _nest_specs(shape) for name, shape in shapes.items()}
-    if shapes and not isinstance(shapes[0], (int, type(None))):
-        return [_nest_specs(shape) for shape in shapes]
-    return keras.InputSpec(shape=(None, *shapes[1:]))
 
 
 def _fits(given: Any, own: keras.InputSpec) -> bool:
