@@ -1,6 +1,5 @@
 """The formulas, on `keras.ops`: pure functions of their arguments, on any backend."""
 
-import numbers
 from typing import Any
 
 import keras
@@ -8,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from .gradients import maximum, mean_square, where
-from .typing import Shape, Tensor
+from .typing import Shape, Tensor, is_int
 
 __all__ = ["filter_response_normalization", "filter_response_normalization_tlu", "tlu"]
 
@@ -219,8 +218,7 @@ def _widen(x: Tensor, dtype: str | None) -> tuple[Tensor, str]:
 def canonicalize_axis(axis: Any, shape: Shape | None, several: bool = False) -> tuple[int, ...]:
     """The axes as ints; of an input of a known shape, ascending and not negative."""
     axes = tuple(axis) if isinstance(axis, (list, tuple)) else (axis,)
-    integers = all(isinstance(a, numbers.Integral) and not isinstance(a, bool) for a in axes)
-    if not axes or not integers or (isinstance(axis, (list, tuple)) and not several):
+    if not axes or not all(map(is_int, axes)) or (isinstance(axis, (list, tuple)) and not several):
         kinds = "an int or a tuple of different ints" if several else "one int, the channel axis"
         raise ValueError(
             f"`axis` must be {kinds}. Received: axis={axis!r}. Use -1 for the channels of "
