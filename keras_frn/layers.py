@@ -495,22 +495,23 @@ def read_epsilon(layer: FilterResponseNormalization) -> Any:
     """All that an FRN layer adds to the mean square, an array in float64."""
     epsilon = np.asarray(layer.epsilon, "float64")
     if layer.learned_epsilon is not None:
-        epsilon = epsilon + np.abs(_read(layer.learned_epsilon))
+        epsilon = epsilon + np.abs(read_weight(layer.learned_epsilon))
     if layer.epsilon_ratio is not None:
-        epsilon = epsilon + _read(layer.epsilon_ratio) * _read(layer.mean_square)
+        epsilon = epsilon + read_weight(layer.epsilon_ratio) * read_weight(layer.mean_square)
     return epsilon
 
 
 def read_gamma(layer: FilterResponseNormalization) -> Any:
     """All that an FRN layer multiplies with, an array in float64, or None for 1."""
-    gamma = None if layer.gamma is None else _read(layer.gamma)
+    gamma = None if layer.gamma is None else read_weight(layer.gamma)
     if layer.epsilon_ratio is None:
         return gamma
     ones = np.ones(layer.mean_square.shape) if gamma is None else gamma
-    return ones * np.sqrt(1 + _read(layer.epsilon_ratio))
+    return ones * np.sqrt(1 + read_weight(layer.epsilon_ratio))
 
 
-def _read(weight: Any) -> Any:
+def read_weight(weight: Any) -> Any:
+    """A weight as an array in float64."""
     return ops.convert_to_numpy(weight).astype("float64")
 
 

@@ -12,7 +12,7 @@ from keras import ops
 
 from .. import graph
 from ..errors import ArgumentError
-from ..layers import read_gamma
+from ..layers import read_gamma, read_weight
 from ..samples import Samples
 from ..typing import Tensor
 from .calibration import ForwardPass
@@ -35,9 +35,11 @@ class Affine:
     @classmethod
     def of(cls, bn: Any) -> "Affine":
         """Reads the weights of a layer, in float64."""
-        mean, variance = _float64(bn.moving_mean), _float64(bn.moving_variance)
-        scale = (1.0 if bn.gamma is None else _float64(bn.gamma)) / np.sqrt(variance + bn.epsilon)
-        offset = (0.0 if bn.beta is None else _float64(bn.beta)) - scale * mean
+        mean, variance = read_weight(bn.moving_mean), read_weight(bn.moving_variance)
+        gamma = 1.0 if bn.gamma is None else read_weight(bn.gamma)
+        beta = 0.0 if bn.beta is None else read_weight(bn.beta)
+        scale = gamma / np.sqrt(variance + bn.epsilon)
+        offset = beta - scale * mean
         return cls(scale, offset, np.maximum(mean**2 + variance, _TINY))
 
 
@@ -183,7 +185,3 @@ def _fit_layer(frn: Any, recorded: list[_Moments], target: tuple[Any, Any], rati
     gamma = np.where(varies, scale, read_gamma(frn))
     _assign(frn, gamma, mean - gamma * first, mean_square, ratio)
     return epsilon / np.maximum(mean_square, _TINY)
-
-
-def _float64(x: Tensor) -> Any:
-    return ops.convert_to_numpy(x).astype("float64")
