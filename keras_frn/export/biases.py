@@ -10,7 +10,7 @@ import numpy as np
 from ..samples import Samples
 from ..typing import Array
 from . import flatbuffer
-from .ranges import CHANNELS, LEAST_SPAN, Range, find_products
+from .ranges import LEAST_SPAN, Range, find_largest, find_products
 from .runtime import LiteRT
 
 __all__ = ["correct_biases"]
@@ -51,8 +51,7 @@ def correct_biases(
             sums[x], counts[x] = sums[x] + pair.sum(1), counts[x] + pair.shape[1]
     for product in products:
         weights = interpreter.get_tensor(product.filters)
-        axes = tuple(i for i in range(weights.ndim) if i != CHANNELS[product.operator])
-        step = np.maximum(np.abs(weights).max(axes, keepdims=True), LEAST_SPAN) / 127
+        step = np.maximum(find_largest(weights, product.operator), LEAST_SPAN) / 127
         exact, rounded = sums[product.input] / counts[product.input]
         shift = _sum_taps(product.operator, np.round(weights / step) * step, rounded)
         shift = shift - _sum_taps(product.operator, weights, exact)

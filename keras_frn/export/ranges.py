@@ -9,7 +9,7 @@ from ..samples import Samples
 from ..typing import Array
 from .runtime import LiteRT, find_upstream
 
-__all__ = ["CHANNELS", "LEAST_SPAN", "Product", "Range", "find_products", "measure_ranges"]
+__all__ = ["LEAST_SPAN", "Product", "Range", "find_largest", "find_products", "measure_ranges"]
 
 # The fraction of a tensor's values that saturate on either side, and the bins that find it.
 _RARE, _BINS = 2e-4, 4096
@@ -19,7 +19,7 @@ _LEAST, _RESOLVED = 0.01, 1 / 16
 # What the names of operators contain that add up several positions or channels.
 _MIXING = ("CONV", "FULLY_CONNECTED", "MATMUL", "MEAN", "SUM", "POOL")
 # The axis of the channels in the filters of the operators that add a bias.
-CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
+_CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0, "TRANSPOSE_CONV": 0}
 # The most steps of a bias, which are those of the input times those of the filter. An eighth of the
 # largest integer, and few enough for the widest filter to stay at zero.
 _BIAS_STEPS = 2.0**28
@@ -38,10 +38,10 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
 
     Saturating the rarest values of a full-size tensor makes the steps of the others finer. On two
     networks that halved the error of the logits, with 1e-4 as with 3e-4 of the values on either
-    side; 3e-5 and 1e-3 were worse. Inputs keep their range, and so do outputs, what
-    they are computed from position by position, and what no normalization follows: the peaks of a
-    detector's output are rare, and what matters. A constant
-    has its own range, channel by channel, but for filters that are tiny beside their bias.
+    side; 3e-5 and 1e-3 were worse. Inputs keep their range, and so do outputs, what they are
+    computed from position by position, and what no normalization follows: the peaks of a detector's
+    output are rare, and what matters. A constant has its own range, channel by channel, but for
+    filters that are tiny beside their bias.
 
     With a `headroom` above 1 nothing saturates, and each range is as many times wider than on the
     samples, which other inputs exceed. The input of RSQRT gets what that resolves.
@@ -132,12 +132,18 @@ def find_products(runtime: LiteRT) -> Iterator[Product]:
     for number, op in enumerate(runtime.list_operators()):
         read = [i for i in op["inputs"] if i in tensors and tensors[i]["dtype"] is np.float32]
         constant = [i for i in read if i not in computed]
-        if op["op_name"] not in CHANNELS or len(read) != 3 or len(constant) != 2:
+        if op["op_name"] not in _CHANNELS or len(read) != 3 or len(constant) != 2:
             continue
         (given,) = set(read) - set(constant)
         # A transposed convolution reads the sizes of its output and its filters first.
         if read.index(given) == (op["op_name"] == "TRANSPOSE_CONV"):
             yield Product(number, op["op_name"], given, op["outputs"][0], *constant)
+
+
+def find_largest(filters: Array, operator: str) -> Array:
+    """The largest absolute weight of each output channel, of the rank of the filters."""
+    others = tuple(i for i in range(filters.ndim) if i != _CHANNELS[operator])
+    return np.abs(filters).max(others, keepdims=True)
 
 
 def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
@@ -151,8 +157,7 @@ def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, R
     widened = {}
     for product in find_products(runtime):
         filters, bias = map(runtime.interpreter.get_tensor, (product.filters, product.bias))
-        others = tuple(i for i in range(filters.ndim) if i != CHANNELS[product.operator])
-        largest = np.abs(filters).max(others, keepdims=True)
+        largest = find_largest(filters, product.operator)
         span, width = (
             max(np.ptp([*ranges[names[i]].values()]), LEAST_SPAN)
             for i in (product.input, product.output)
