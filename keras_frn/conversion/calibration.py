@@ -25,11 +25,7 @@ class ForwardPass:
 
     Each layer runs once on each batch, and what no later layer reads is dropped. So the time is
     that of one pass, whatever the depth, and what is kept is what crosses one point of the network.
-
-    Args:
-        model: The model.
-        samples: Its inputs.
-        unfitted: The layers that will change when the pass comes to them.
+    `unfitted` are the layers that will change when the pass comes to them.
     """
 
     def __init__(self, model: keras.Model, samples: Samples, unfitted: Iterable[Any]) -> None:

@@ -30,12 +30,8 @@ _ACTIVATIONS = (
 class Plan:
     """What becomes of each layer of a model.
 
-    Args:
-        model: The model.
-        replace_activations: Whether a ReLU after a layer that is replaced becomes TLU.
-        epsilon_ratio: Epsilon / mean square.
-        learned_epsilon: How layers with a single position keep their epsilon.
-        closed: Names of layers that cannot be opened, with the reason.
+    The options are those of `replace_batch_normalization`; `closed` has the names of layers that
+    cannot be opened, with the reason.
 
     Attributes:
         ratios: Dict from the BatchNormalization layers to replace to their epsilon / mean square.
