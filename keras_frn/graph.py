@@ -21,6 +21,7 @@ __all__ = [
     "Step",
     "Value",
     "Wiring",
+    "check_built",
     "copy",
     "copy_layer",
     "copy_trainable",
@@ -49,6 +50,20 @@ def list_layers(layer: Any) -> list[keras.Layer]:
 def is_built(model: keras.Layer) -> bool:
     """Whether a model and all layers in it have their weights."""
     return model.built and all(layer.built for layer in list_layers(model))
+
+
+def check_built(model: Any) -> None:
+    """Refuses what is no model, and a model that has no weights yet.
+
+    Raises:
+        ArgumentError: about `model`.
+    """
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ArgumentError(
+            "model",
+            f"must be a built Keras model. Received: model={model!r}. Call it on data, or begin it "
+            "with `keras.Input`.",
+        )
 
 
 def replace_call(layer: keras.Layer, call: Callable[..., Any]) -> None:

@@ -56,10 +56,7 @@ class Samples:
         *,
         argument: str = "calibration_data",
     ) -> None:
-        if not isinstance(model, keras.Model) or not model.built:
-            raise ValueError(
-                f"`model` must be a built Keras model. Received: model={model!r}. Call it on data."
-            )
+        graph.check_built(model)
         self._argument, self._model = argument, model
         self._nested = _nest_specs(model)
         told = [] if self._nested is None else keras.tree.flatten(self._nested)

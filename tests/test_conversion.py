@@ -543,7 +543,7 @@ def test_arguments_are_checked(arguments, match):
 
 
 def test_unbuilt_model_is_refused():
-    with pytest.raises(ValueError, match=r"`model` must be built. Received: model='empty'"):
+    with pytest.raises(ValueError, match=r"must be a built .* name=empty.* `keras.Input`"):
         _convert(keras.Sequential([layers.BatchNormalization()], name="empty"))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
+from .. import graph
 from ..errors import ArgumentError, ArgumentWarning
 from ..typing import PathLike
 from . import files
@@ -121,9 +122,7 @@ def load_addons_weights(
     ```
     """
     _check_tau(tau, ("auto", "per_channel_mean"), "Choose TLU(axis=...) in the model")
-    if not isinstance(model, keras.Model) or not model.built:
-        remedy = "Give it an input shape, or call it once"
-        raise ArgumentError("model", f"must be a built keras.Model. Received: {model!r}. {remedy}.")
+    graph.check_built(model)
     saved = files.read(path)
     with files.explain_errors(path, "path", "must hold the weights of the model"):
         pairs = match(model, None, saved.weights, part)

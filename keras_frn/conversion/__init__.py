@@ -188,11 +188,7 @@ def _check_model(model: Any) -> None:
             "subclassed model functional first: `inputs = keras.Input(shape); functional = "
             "keras.Model(inputs, model.call(inputs))`."
         )
-    if not model.built or not model.inputs:
-        raise ValueError(
-            f"`model` must be built. Received: model={model.name!r}, which has no weights yet. "
-            "Call it on data, or begin it with `keras.Input`."
-        )
+    graph.check_built(model)
 
 
 def _check_arguments(epsilon_ratio: Any, learned_epsilon: Any) -> None:

@@ -250,10 +250,7 @@ def _check_preset(quantization: Preset | None, integer_io: bool) -> Scheme:
 
 def _copy(model: keras.Model) -> InferenceCopy | None:
     """The `InferenceCopy`, or None for a model that has to be exported as it is."""
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ArgumentError(
-            "model", f"must be a built Keras model. Received: model={model!r}. Call it on data."
-        )
+    graph.check_built(model)
     if graph.is_graph(model):
         copy = InferenceCopy(model)
         copy.pool_first()
