@@ -151,18 +151,15 @@ class FilterResponseNormalization(keras.layers.Layer):
         self.jit_compile = _check_flag("jit_compile", jit_compile, None)
         if learned_epsilon_initializer is None:
             learned_epsilon_initializer = initializers.Constant(_START_OF_EPSILON)
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.learned_epsilon_initializer = initializers.get(learned_epsilon_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.learned_epsilon_regularizer = regularizers.get(learned_epsilon_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
-        self.learned_epsilon_constraint = constraints.get(learned_epsilon_constraint)
-        self.gamma = None
-        self.beta = None
-        self.learned_epsilon = None
+        _describe_weight(self, "beta", beta_initializer, beta_regularizer, beta_constraint)
+        _describe_weight(self, "gamma", gamma_initializer, gamma_regularizer, gamma_constraint)
+        _describe_weight(
+            self,
+            "learned_epsilon",
+            learned_epsilon_initializer,
+            learned_epsilon_regularizer,
+            learned_epsilon_constraint,
+        )
         self.mean_square = None
         self.epsilon_ratio = None
 
@@ -304,14 +301,8 @@ class TLU(keras.layers.Layer):
         self.axis = axes if isinstance(axis, (list, tuple)) else axes[0]
         self.affine = _check_flag("affine", affine)
         self.jit_compile = _check_flag("jit_compile", jit_compile, None)
-        self.tau_initializer = initializers.get(tau_initializer)
-        self.alpha_initializer = initializers.get(alpha_initializer)
-        self.tau_regularizer = regularizers.get(tau_regularizer)
-        self.alpha_regularizer = regularizers.get(alpha_regularizer)
-        self.tau_constraint = constraints.get(tau_constraint)
-        self.alpha_constraint = constraints.get(alpha_constraint)
-        self.tau = None
-        self.alpha = None
+        _describe_weight(self, "tau", tau_initializer, tau_regularizer, tau_constraint)
+        _describe_weight(self, "alpha", alpha_initializer, alpha_regularizer, alpha_constraint)
 
     def build(self, input_shape: Shape) -> None:
         axes, sizes = _find_sizes(self, input_shape)
@@ -458,14 +449,8 @@ class FilterResponseNormalizationTLU(FilterResponseNormalization):
             **kwargs,
         )
         self.affine = _check_flag("affine", affine)
-        self.tau_initializer = initializers.get(tau_initializer)
-        self.alpha_initializer = initializers.get(alpha_initializer)
-        self.tau_regularizer = regularizers.get(tau_regularizer)
-        self.alpha_regularizer = regularizers.get(alpha_regularizer)
-        self.tau_constraint = constraints.get(tau_constraint)
-        self.alpha_constraint = constraints.get(alpha_constraint)
-        self.tau = None
-        self.alpha = None
+        _describe_weight(self, "tau", tau_initializer, tau_regularizer, tau_constraint)
+        _describe_weight(self, "alpha", alpha_initializer, alpha_regularizer, alpha_constraint)
 
     def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
@@ -530,25 +515,26 @@ def _call(
     return run(op, arguments) if layer.jit_compile else op(**arguments)
 
 
+# How a weight is described, with Keras' module of each.
+_KINDS = {"initializer": initializers, "regularizer": regularizers, "constraint": constraints}
+
+
+def _describe_weight(layer: Any, name: str, *options: Any) -> None:
+    """Sets what describes a weight, in the order of `_KINDS`; it is None until it is added."""
+    for (kind, module), option in zip(_KINDS.items(), options, strict=True):
+        setattr(layer, f"{name}_{kind}", module.get(option))
+    setattr(layer, name, None)
+
+
 def _add_weight(layer: Any, name: str, shape: Shape) -> Any:
-    return layer.add_weight(
-        name=name,
-        shape=shape,
-        initializer=getattr(layer, f"{name}_initializer"),
-        regularizer=getattr(layer, f"{name}_regularizer"),
-        constraint=getattr(layer, f"{name}_constraint"),
-        autocast=False,
-    )
+    options = {kind: getattr(layer, f"{name}_{kind}") for kind in _KINDS}
+    return layer.add_weight(name=name, shape=shape, autocast=False, **options)
 
 
 def _serialize_weights(layer: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {
         f"{name}_{kind}": module.serialize(getattr(layer, f"{name}_{kind}"))
-        for kind, module in (
-            ("initializer", initializers),
-            ("regularizer", regularizers),
-            ("constraint", constraints),
-        )
+        for kind, module in _KINDS.items()
         for name in names
     }
 
