@@ -33,3 +33,14 @@ def test_biases_compensate_the_rounding_of_tau(preset, kind, tmp_path, rng):
     # A step of the output is 0.01 to 0.03, whose own rounding averages out. Uncorrected: 0.0025 to
     # 0.007.
     assert shift < 0.0012
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
+def test_layer_that_is_called_twice_keeps_its_corrected_biases_apart(preset, tmp_path, rng):
+    """ai-edge-quantizer refuses tensors of one name."""
+    conv = layers.Conv2D(3, 3, padding="same")
+    model = keras.Sequential([keras.Input((12, 12, 3)), conv, frn_tlu_layer(), conv])
+    report = export_tflite(
+        model, tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng)
+    )
+    assert not [text for text in report.warnings if "converter" in text]

@@ -28,8 +28,8 @@ def correct_biases(
     model = flatbuffer.read(content)
     (graph,) = model.subgraphs
     interpreter, tensors = runtime.interpreter, runtime.list_tensors()
-    # A transposed convolution does not add all of its taps at each position, and filters that have a
-    # range, as they are tiny beside their bias, are close to zero in integers.
+    # A transposed convolution does not add all of its taps at each position. Filters that have a
+    # range are tiny beside their bias, and close to zero in integers.
     products = [
         product
         for product in find_products(runtime)
@@ -64,7 +64,8 @@ def correct_biases(
             graph.tensors.append(tensor)
             inputs = [product.input, product.filters, len(graph.tensors) - 1]
             graph.operators[product.number].inputs = inputs
-        tensor.name = f"{tensors[product.filters]['name']}/bias"
+        # Of the output, as a layer that is called twice has its filters but once.
+        tensor.name = f"{tensors[product.output]['name']}/bias"
         tensor.buffer = flatbuffer.add_buffer(model, corrected)
     return flatbuffer.write(model)
 
