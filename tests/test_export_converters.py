@@ -336,19 +336,26 @@ SEQUENCES = [
     (layers.AveragePooling1D(3, 1, "same"), (12, 4)),
     (layers.Conv1DTranspose(4, 3, 2), (12, 4)),
     (layers.Dense(5), (12, 4)),
+    (layers.Dense(5, activation="relu"), (3, 4, 6)),
     (layers.Conv2DTranspose(4, 3, 2, "same"), (6, 6, 4)),
     (layers.Reshape((-1, 6)), (12, 4)),
     (layers.GlobalMaxPooling1D(), (12, 4)),
     (layers.GlobalMaxPooling2D(keepdims=True), (9, 8, 4)),
     (layers.GlobalMaxPooling3D(), (6, 7, 8, 2)),
 ]
+UPSAMPLING = [
+    (layers.UpSampling1D(3), (7, 4)),
+    (layers.UpSampling2D((3, 2)), (5, 6, 4)),
+    (layers.UpSampling2D(2, interpolation="bilinear"), (5, 6, 4)),
+    (layers.UpSampling3D((2, 3, 1)), (3, 4, 5, 2)),
+]
 
 
 @pytest.mark.parametrize("preset", [None, "int8", "int16x8"])
 @pytest.mark.parametrize(
     "parts",
-    [DILATED, UNKNOWN_SIZES, SEQUENCES],
-    ids=["dilated", "dilated of unknown sizes", "sequences"],
+    [DILATED, UNKNOWN_SIZES, SEQUENCES, UPSAMPLING],
+    ids=["dilated", "dilated of unknown sizes", "sequences", "upsampling"],
 )
 def test_operators_that_the_quantizer_lacks_are_written_in_others(parts, preset, tmp_path, rng):
     """Else TensorFlow's converter writes the file, by ranges without any headroom."""
@@ -362,7 +369,8 @@ def test_operators_that_the_quantizer_lacks_are_written_in_others(parts, preset,
     actual = LiteRT(report.path, [i.name for i in inputs])(*x)
     for y, output in zip(actual, keras.tree.flatten(expected), strict=True):
         close(y, output, PRESETS[preset])
-    lacking = {"SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND", "EXPAND_DIMS", "REDUCE_MAX"}
+    lacking = {"SPACE_TO_BATCH_ND", "BATCH_TO_SPACE_ND", "EXPAND_DIMS", "TILE"}
+    lacking |= {"REDUCE_MAX", "REDUCE_PROD"}
     assert not lacking & set(report.operators)
     assert not report.in_float
     assert not any("TensorFlow's converter" in text for text in report.warnings)

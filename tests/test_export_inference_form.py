@@ -74,6 +74,8 @@ SCALABLE = {
         layers.ZeroPadding2D(1),
         layers.Activation("relu"),
         layers.LeakyReLU(),
+        layers.Activation("leaky_relu"),
+        layers.PReLU("glorot_uniform", shared_axes=[1, 2]),
         layers.MaxPooling2D(2),
         layers.AveragePooling2D(2),
         layers.UpSampling2D(2),
@@ -154,7 +156,7 @@ UNSCALABLE = {
     "saturating": (
         functional(lambda x: layers.ReLU(6.0, name="six")(layers.Conv2D(4, 1)(x))),
         "frn",
-        "six (ReLU6) cannot be scaled",
+        "six (ReLU) cannot be scaled",
     ),
     "broadcast": (
         functional(lambda x: layers.Add(name="sum")([layers.Conv2D(4, 1)(x), x[..., :1]])),

@@ -1,10 +1,11 @@
 import keras
 import numpy as np
 import pytest
-from exporting import exports, images, small_model
+from exporting import PRESETS, exports, frn_tlu_layer, images, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import layers
+from reference import close
 
 from keras_frn.export import export_tflite
 from keras_frn.export.ranges import measure_ranges
@@ -79,13 +80,50 @@ def test_16_bits_reach_beyond_the_calibration_data(tmp_path, rng):
     assert np.abs(actual - expected).max() < 0.01 * np.ptp(expected)
 
 
-def test_leaky_relu_leaves_16_bits_their_headroom(tmp_path, rng):
-    model = keras.Sequential([small_model(), layers.LeakyReLU(0.2), layers.Dense(4)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.LeakyReLU(0.2),
+        layers.Activation("leaky_relu"),
+        layers.PReLU(keras.initializers.RandomUniform(-0.5, 1.0)),
+        layers.Activation("hard_swish"),
+        layers.ReLU(6.0),
+    ],
+    ids=["LeakyReLU", "leaky_relu", "PReLU", "hard_swish", "ReLU6"],
+)
+def test_activation_leaves_16_bits_their_headroom(layer, tmp_path, rng):
+    layer = type(layer).from_config(layer.get_config())
+    model = keras.Sequential([small_model(), layer, layers.Dense(4)])
     x = images(rng, 20)
     report = export_tflite(model, tmp_path / "m.tflite", quantization="int16x8", calibration_data=x)
-    assert "LEAKY_RELU" not in report.operators
+    assert not {"LEAKY_RELU", "PRELU", "HARD_SWISH", "RELU6"} & set(report.operators)
     assert not report.warnings, "such as one that TensorFlow's converter wrote the file"
     assert report.max_error_fraction < 0.01, "of 8-bit weights; 0.003 was seen"
+
+
+def test_steep_activation_stays_as_it_is(tmp_path, rng):
+    """max(x, a * x) is a rectifier for a <= 1 only."""
+    inputs = keras.Input((12, 12, 3))
+    x = layers.PReLU(keras.initializers.Constant(1.5))(layers.Conv2D(4, 3)(inputs))
+    model, x = keras.Model(inputs, layers.LeakyReLU(2.0)(x)), images(rng, 20)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization="int8", calibration_data=x)
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS["int8"])
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
+def test_units_that_no_sample_wakes_up_have_a_range(preset, tmp_path, rng):
+    """As in a squeeze-and-excite block, where XNNPACK would refuse steps of 1e-11."""
+    inputs = keras.Input((12, 12, 3))
+    x = frn_tlu_layer()(layers.Conv2D(8, 3)(inputs))
+    squeezed = layers.GlobalAveragePooling2D(keepdims=True)(layers.ReLU()(x))
+    asleep = keras.initializers.Constant(-0.1)
+    squeezed = layers.Dense(4, "relu", use_bias=False, kernel_initializer=asleep)(squeezed)
+    gates = layers.Dense(8, "sigmoid", use_bias=False)(squeezed)
+    model = keras.Model(inputs, layers.Conv2D(4, 3)(layers.Multiply()([x, gates])))
+    x = images(rng, 32)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
+    assert not report.warnings
 
 
 @pytest.mark.parametrize("layer", [layers.Conv2D, layers.DepthwiseConv2D])

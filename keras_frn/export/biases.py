@@ -33,7 +33,9 @@ def correct_biases(
     products = [
         product
         for product in find_products(runtime)
-        if product.operator != "TRANSPOSE_CONV" and tensors[product.filters]["name"] not in ranges
+        if product.operator != "TRANSPOSE_CONV"
+        and product.bias >= 0
+        and tensors[product.filters]["name"] not in ranges
     ]
     readers = collections.Counter(int(i) for op in graph.operators for i in op.inputs)
     # Of each input: the sums of its channels, exact and rounded, and the number of positions.

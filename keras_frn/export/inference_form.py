@@ -22,11 +22,10 @@ from ..layers import TLU, FilterResponseNormalization, FilterResponseNormalizati
 from ..typing import Array, Batch, Tensor
 from .inference_layers import (
     REPLACED,
+    Activation,
     Kept,
-    LeakyReLU,
     MaxPooling,
     Normalization,
-    ReLU6,
     is_channels_last,
     list_classes,
     rank_of,
@@ -56,6 +55,7 @@ _COMMUTING = (
     layers.Identity,
     layers.Dropout,
     layers.LeakyReLU,
+    layers.PReLU,
     MaxPooling,
     *list_classes("123", "CroppingND", "AveragePoolingND", "SpatialDropoutND", "ZeroPaddingND"),
     *list_classes("123", "UpSamplingND", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
@@ -83,11 +83,12 @@ class InferenceCopy:
             make = functools.partial(_copy_layer, kept=kept)
             self.model, copies = graph.copy(model, make, _to_float32)
             for layer, copy in copies.items():
-                if not isinstance(copy, (Kept, Normalization)):
+                if not isinstance(copy, (Activation, Kept, Normalization)):
                     try:
                         graph.copy_weights(layer, copy)
                     except ArgumentError:
                         kept.add(layer)
+        self._kinds = {copy: type(layer).__name__ for layer, copy in copies.items()}
         self._wiring = graph.Wiring(self.model)
         inside = dict.fromkeys(call.layer for call in self._wiring.calls)
         self.normalizations = [layer for layer in inside if isinstance(layer, Normalization)]
@@ -167,10 +168,9 @@ class InferenceCopy:
                 largest = 1.0
             layer.floor = floor * largest
         for call in self._wiring.calls:
-            if isinstance(call.layer, LeakyReLU):
-                call.layer.in_steps = bits == 16
-            elif isinstance(call.layer, ReLU6):
-                call.layer.in_steps = not self._fuses(call.inputs[0])
+            if isinstance(call.layer, Activation):
+                is_alone = call.layer.is_relu6 and not self._fuses(call.inputs[0])
+                call.layer.in_steps = is_alone if call.layer.is_relu6 else bits == 16
 
     def _fuses(self, tensor: Tensor) -> bool:
         """Whether the operator that gives a tensor takes in an activation that follows."""
@@ -242,7 +242,7 @@ class InferenceCopy:
         elif _is_scalable(layer):
             return [(layer, factor)]
         else:
-            kind = type(layer.layer if isinstance(layer, Kept) else layer).__name__
+            kind = self._kinds.get(layer, type(layer).__name__)
             raise _NotPossibleError(f"{layer.name} ({kind}) cannot be scaled")
         return [pair for t, part in zip(inputs, parts) for pair in self._find_scalable(t, part)]
 
@@ -256,8 +256,9 @@ def _copy_layer(
 ) -> keras.layers.Layer:
     if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
         return Normalization(layer)
-    if _is_relu6(layer):
-        return ReLU6(layer.name)
+    activation = Activation.of(layer)
+    if activation is not None:
+        return activation
     if layer not in kept:
         with contextlib.suppress(ArgumentError):
             copy = graph.copy_layer(layer, _to_float32, REPLACED.get(type(layer)))
@@ -278,14 +279,9 @@ def _commutes(layer: Any) -> bool:
         return layer.max_value is None and not np.any(layer.threshold)
     if isinstance(layer, layers.Activation):
         return layer.activation in _HOMOGENEOUS
+    if isinstance(layer, Activation):
+        return layer.is_homogeneous
     return isinstance(layer, _COMMUTING) and is_channels_last(layer)
-
-
-def _is_relu6(layer: keras.layers.Layer) -> bool:
-    kind = type(layer)
-    if kind is layers.ReLU:
-        return layer.max_value == 6 and not layer.negative_slope and not layer.threshold
-    return kind is layers.Activation and layer.activation is keras.activations.relu6
 
 
 def _is_scalable(layer: keras.layers.Layer) -> bool:

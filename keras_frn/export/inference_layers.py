@@ -1,7 +1,7 @@
 """The layers that stand in an inference copy for those of the model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,15 +14,16 @@ from ..typing import Array, Tensor
 
 __all__ = [
     "REPLACED",
+    "Activation",
     "Kept",
-    "LeakyReLU",
     "MaxPooling",
     "Normalization",
-    "ReLU6",
     "is_channels_last",
     "list_classes",
     "rank_of",
 ]
+
+_Function = Callable[[Tensor], Tensor]
 
 
 class Kept(layers.Layer):
@@ -53,35 +54,64 @@ class MaxPooling(layers.Layer):
         return inputs if self.is_done else self.pooling(inputs)
 
 
-class LeakyReLU(layers.LeakyReLU):
-    """The layer, in two steps for 16 bits.
+class Activation(layers.Layer):
+    """An activation that integers want in other operators, in one form or the other.
 
-    ai-edge-quantizer has no LEAKY_RELU, and the files of TensorFlow's converter no headroom. In 8
-    bits, which have none to spare, one operator is better.
+    Attributes:
+        in_steps: Whether to compute it in the other operators.
+        is_relu6: TensorFlow Lite Micro computes a RELU6 in the scale of its input, without an
+            error, unless the operator before it takes it in.
+        is_homogeneous: Whether f(k * x) = k * f(x) for k > 0.
     """
 
-    in_steps = False
+    in_steps = is_relu6 = is_homogeneous = False
 
-    def call(self, inputs: Tensor) -> Tensor:
-        if not self.in_steps or self.negative_slope > 1:
-            return super().call(inputs)
-        return ops.maximum(inputs, self.negative_slope * inputs)
-
-
-class ReLU6(layers.Layer):
-    """ReLU6, in two steps if no operator before it takes it in.
-
-    As an operator of its own, TensorFlow Lite Micro computes it in the scale of its input, without
-    an error.
-    """
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, function: _Function, steps: _Function) -> None:
         super().__init__(name=name, dtype="float32")
         self.supports_masking = True
-        self.in_steps = False
+        self.function, self.steps = function, steps
+
+    @classmethod
+    def of(cls, layer: keras.layers.Layer) -> "Activation | None":
+        """The form of a layer that is such an activation, else None.
+
+        ai-edge-quantizer has no LEAKY_RELU and no PRELU, and the files of TensorFlow's converter no
+        headroom in 16 bits; HARD_SWISH has no 16 bits at all.
+        """
+        kind, function = type(layer), getattr(layer, "activation", None)
+        function = function if kind is layers.Activation else None
+        is_relu = kind is layers.ReLU and not layer.negative_slope and not layer.threshold
+        if function is keras.activations.relu6 or (is_relu and layer.max_value == 6):
+            result = cls(layer.name, ops.relu6, _relu6_in_steps)
+            result.is_relu6 = True
+            return result
+        if function is keras.activations.hard_silu:
+            return cls(layer.name, function, lambda x: x * _relu6_in_steps(x + 3.0) / 6.0)
+        slope: Any = None
+        if function is keras.activations.leaky_relu:
+            slope = 0.2
+        elif kind is layers.LeakyReLU:
+            slope = layer.negative_slope
+        elif kind is layers.PReLU:
+            slope = ops.convert_to_numpy(layer.alpha).astype("float32")
+        if slope is None or np.any(slope > 1):
+            return None
+
+        def rectify(x: Tensor) -> Tensor:
+            if np.ndim(slope):
+                return ops.relu(x) - slope * ops.relu(-x)
+            return ops.leaky_relu(x, slope)
+
+        result = cls(layer.name, rectify, lambda x: ops.maximum(x, slope * x))
+        result.is_homogeneous = True
+        return result
 
     def call(self, inputs: Tensor) -> Tensor:
-        return 6.0 - ops.relu(6.0 - ops.relu(inputs)) if self.in_steps else ops.relu6(inputs)
+        return self.steps(inputs) if self.in_steps else self.function(inputs)
+
+
+def _relu6_in_steps(x: Tensor) -> Tensor:
+    return 6.0 - ops.relu(6.0 - ops.relu(x))
 
 
 def _convolve(
@@ -233,6 +263,18 @@ class _Pooling3D(layers.Layer):
         return ops.reshape(x, (-1, x.shape[1], *sizes, channels))
 
 
+class Dense(layers.Dense):
+    """A dense layer on maps as one on rows, as TensorFlow's converter computes the sizes of maps at
+    run time, by operators that NPUs and TensorFlow Lite Micro lack."""
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        *sizes, channels = inputs.shape[1:]
+        if not sizes or None in sizes:
+            return super().call(inputs, training)
+        x = super().call(ops.reshape(inputs, (-1, channels)), training)
+        return ops.reshape(x, (-1, *sizes, self.units))
+
+
 class _GlobalMaxPooling(layers.Layer):
     """Global max-pooling as one window, as ai-edge-quantizer has no REDUCE_MAX."""
 
@@ -244,6 +286,32 @@ class _GlobalMaxPooling(layers.Layer):
         x = ops.max_pool(ops.reshape(inputs, (-1, *window, channels)), window, 1)
         kept = [1] * len(sizes) if self.keepdims else []
         return ops.reshape(x, (-1, *kept, channels))
+
+
+class _UpSampling(layers.Layer):
+    """Repeats positions by one operator in 2D, instead of TILE, which quantizers and NPUs lack."""
+
+    def call(self, inputs: Tensor) -> Tensor:
+        is_nearest = getattr(self, "interpolation", "nearest") == "nearest"
+        if not is_nearest or None in inputs.shape[1:] or not is_channels_last(self):
+            return super().call(inputs)
+        *sizes, channels = inputs.shape[1:]
+        factors = [self.size] if isinstance(self.size, int) else list(self.size)
+        if len(sizes) == 1:
+            return ops.squeeze(_repeat(ops.expand_dims(inputs, 1), [1, *factors]), 1)
+        if len(sizes) == 2:
+            return _repeat(inputs, factors)
+        x = _repeat(ops.reshape(inputs, (-1, *sizes[1:], channels)), factors[1:])
+        _, *area, _ = x.shape
+        x = ops.reshape(x, (-1, sizes[0], math.prod(area), channels))
+        x = _repeat(x, [factors[0], 1])
+        return ops.reshape(x, (-1, x.shape[1], *area, channels))
+
+
+def _repeat(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """Repeats the rows and columns of images."""
+    size = tuple(n * factor for n, factor in zip(x.shape[1:3], factors))
+    return ops.image.resize(x, size, "nearest", data_format="channels_last")
 
 
 class Normalization(layers.Layer):
@@ -343,12 +411,13 @@ def list_classes(ranks: str, *names: str) -> tuple[type[layers.Layer], ...]:
 _CALLS = {
     _Dilated: list_classes("12", "ConvND", "DepthwiseConvND", "SeparableConvND"),
     _GlobalMaxPooling: list_classes("123", "GlobalMaxPoolingND"),
+    _UpSampling: list_classes("123", "UpSamplingND"),
     _Pooling3D: list_classes("3", "MaxPoolingND", "AveragePoolingND"),
 }
 # Layers that are made again in another class, which computes the same.
 REPLACED = {
     **{x: type(x.__name__, (call, x), {}) for call, kinds in _CALLS.items() for x in kinds},
-    layers.LeakyReLU: LeakyReLU,
+    layers.Dense: Dense,
     layers.Conv3D: Conv3D,
     layers.Conv3DTranspose: Conv3DTranspose,
 }

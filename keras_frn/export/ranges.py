@@ -55,6 +55,12 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
         limits = _widen(runtime, samples, limits, headroom)
     else:
         limits |= _saturate(runtime, samples, limits)
+    # Zeros, as of a ReLU that no sample wakes up, have the range of what they are computed from.
+    for operator in operators:
+        spans = [np.ptp(limits[i]) for i in operator["inputs"] if i in limits]
+        for i in operator["outputs"]:
+            if spans and i in limits and not np.ptp(limits[i]):
+                limits[i] = np.float64(0), max(spans)
     tensors, largest = runtime.list_tensors(), np.finfo("f4").max
     ranges: dict[str, Range] = {}
     for i, ends in limits.items():
@@ -116,7 +122,7 @@ def _count(
 
 
 class Product(NamedTuple):
-    """An operator with constant filters and bias: its number, its name, and its tensors."""
+    """An operator with constant filters: its number, its name, and its tensors; -1 for no bias."""
 
     number: int
     operator: str
@@ -127,17 +133,18 @@ class Product(NamedTuple):
 
 
 def find_products(runtime: LiteRT) -> Iterator[Product]:
-    """The operators whose filters and bias are constants."""
+    """The operators whose filters are constants, and their bias if they have one."""
     tensors, computed = runtime.list_tensors(), runtime.list_computed()
     for number, op in enumerate(runtime.list_operators()):
         read = [i for i in op["inputs"] if i in tensors and tensors[i]["dtype"] is np.float32]
         constant = [i for i in read if i not in computed]
-        if op["op_name"] not in _CHANNELS or len(read) != 3 or len(constant) != 2:
+        if op["op_name"] not in _CHANNELS or len(read) != len(constant) + 1 or not constant:
             continue
         (given,) = set(read) - set(constant)
         # A transposed convolution reads the sizes of its output and its filters first.
         if read.index(given) == (op["op_name"] == "TRANSPOSE_CONV"):
-            yield Product(number, op["op_name"], given, op["outputs"][0], *constant)
+            filters, bias = (*constant, -1)[:2]
+            yield Product(number, op["op_name"], given, op["outputs"][0], filters, bias)
 
 
 def find_largest(filters: Array, operator: str) -> Array:
@@ -156,8 +163,11 @@ def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, R
     names = {i: tensor["name"] for i, tensor in runtime.list_tensors().items()}
     widened = {}
     for product in find_products(runtime):
-        filters, bias = map(runtime.interpreter.get_tensor, (product.filters, product.bias))
+        filters = runtime.interpreter.get_tensor(product.filters)
         largest = find_largest(filters, product.operator)
+        bias = np.zeros(largest.size)
+        if product.bias >= 0:
+            bias = runtime.interpreter.get_tensor(product.bias)
         span, width = (
             max(np.ptp([*ranges[names[i]].values()]), LEAST_SPAN)
             for i in (product.input, product.output)

@@ -12,12 +12,15 @@ from ..typing import Array, Batch, PathLike
 
 __all__ = ["LiteRT", "LiteRTError", "find_upstream", "import_litert"]
 
-# From which ratio of the scale of what an operator reads to that of its output on LiteRT ends the
-# process, by bits. Kernels take the ratio as a fraction of one, and XNNPACK as a number below 256.
+# From which ratio of the scale of what an operator reads to that of its output on LiteRT refuses
+# the file or ends the process, by bits. Kernels take the ratio as a fraction of one, and XNNPACK as
+# a number below 256.
 _SCALE_RATIOS = {
     "ADD": {8: 2**19, 16: 2**14},
     "SQUARED_DIFFERENCE": {8: 2**12},
     "DEPTHWISE_CONV_2D": {8: 2**8},
+    "CONV_2D": {8: 2**8},
+    "FULLY_CONNECTED": {8: 2**8},
 }
 
 
@@ -78,7 +81,7 @@ class LiteRT:
         return [_dequantize(outputs[name], d) for name, d in self._list_outputs()]
 
     def _check_scales(self) -> None:
-        """Refuses scales that LiteRT ends the process for."""
+        """Refuses scales that LiteRT does not run or survive."""
         details = self.list_tensors()
         for op in self.list_operators():
             name = op["op_name"]
@@ -90,12 +93,11 @@ class LiteRT:
             limit = _SCALE_RATIOS[name].get(bits)
             if not first.size or not second.size or not output.size or limit is None:
                 continue
-            inputs = {
+            step = {
                 "ADD": max(*first, *second),
                 "SQUARED_DIFFERENCE": max(*first, *second) ** 2,
-                "DEPTHWISE_CONV_2D": first.max() * second.max(),
-            }
-            if inputs[name] / output[0] >= limit:
+            }.get(name, first.max() * second.max())
+            if step / output[0] >= limit:
                 raise LiteRTError(
                     f"{name} gives numbers so small beside those it reads that {bits} bits do not "
                     "hold both"
