@@ -1,9 +1,8 @@
 import keras
 import numpy as np
 import pytest
-from exporting import PRESETS, exports, frn_tlu_layer, images, stack
+from exporting import exports, frn_tlu_layer, images, stack
 from keras import layers
-from reference import close
 
 from keras_frn.export import export_tflite
 from keras_frn.export.runtime import LiteRT

@@ -56,7 +56,7 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
     else:
         limits |= _saturate(runtime, samples, limits)
     # Zeros, as of a ReLU that no sample wakes up, have the range of what they are computed from.
-    for operator in operators:
+    for operator in runtime.list_operators():
         spans = [np.ptp(limits[i]) for i in operator["inputs"] if i in limits]
         for i in operator["outputs"]:
             if spans and i in limits and not np.ptp(limits[i]):
