@@ -98,8 +98,8 @@ class Activation(layers.Layer):
             return None
 
         def rectify(x: Tensor) -> Tensor:
-            if np.ndim(slope):
-                return ops.relu(x) - slope * ops.relu(-x)
+            if np.ndim(slope):  # in the words that TensorFlow's converter knows as a PRELU
+                return ops.relu(x) + -slope * ops.relu(-x)
             return ops.leaky_relu(x, slope)
 
         result = cls(layer.name, rectify, lambda x: ops.maximum(x, slope * x))
