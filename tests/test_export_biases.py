@@ -44,3 +44,20 @@ def test_layer_that_is_called_twice_keeps_its_corrected_biases_apart(preset, tmp
         model, tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng)
     )
     assert not [text for text in report.warnings if "converter" in text]
+
+
+class Condition(layers.Layer):
+    def call(self, x):
+        return keras.ops.cond(keras.ops.mean(x) > 0, lambda: 2 * x, lambda: -x)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
+@pytest.mark.filterwarnings("ignore:operators stay in float")
+def test_model_with_a_condition_is_quantized(preset, tmp_path, rng):
+    """Its branches are graphs of their own in the file."""
+    model = keras.Sequential([keras.Input((12, 12, 3)), layers.Conv2D(4, 3), Condition()])
+    report = export_tflite(
+        model, tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng)
+    )
+    assert report.operators["IF"] == 1
+    assert report.max_error_fraction < 0.1, "of 8 bits; 0.07 was seen, and 0.01"

@@ -26,7 +26,7 @@ def correct_biases(
     sum over positions averages out, and which the next normalization amplifies.
     """
     model = flatbuffer.read(content)
-    (graph,) = model.subgraphs
+    graph = model.subgraphs[0]  # the others are the branches of conditions
     interpreter, tensors = runtime.interpreter, runtime.list_tensors()
     # A transposed convolution does not add all of its taps at each position. Filters that have a
     # range are tiny beside their bias, and close to zero in integers.
