@@ -133,18 +133,19 @@ class LiteRT:
 
     def list_computed(self) -> set[int]:
         """The indices of the tensors that are not constants: inputs, and outputs of operators."""
-        computed = {int(i) for op in self._split_operators()[0] for i in op["outputs"]}
+        computed = {int(i) for op in self.list_operators() for i in op["outputs"]}
         return computed | {detail["index"] for detail in self.interpreter.get_input_details()}
 
-    def list_operators(self) -> list[dict[str, Any]]:
-        """The operators in the order of execution, then the delegates: dicts of `op_name` and the
-        indices of `inputs` and `outputs`."""
-        # Nothing public tells what the delegates run.
-        return list(self.interpreter._get_ops_details())
+    def list_operators(self, *, are_delegates: bool = False) -> list[dict[str, Any]]:
+        """The operators in the order of execution: dicts of `op_name` and the indices of `inputs`
+        and `outputs`."""
+        # Nothing public tells what the delegates run. They come last.
+        operators = self.interpreter._get_ops_details()
+        return [op for op in operators if (op["op_name"] == "DELEGATE") == are_delegates]
 
     def count_operators(self) -> dict[str, int]:
         """Returns how many of each operator the file has."""
-        return dict(collections.Counter(op["op_name"] for op in self._split_operators()[0]))
+        return dict(collections.Counter(op["op_name"] for op in self.list_operators()))
 
     def count_float_operators(self, least_weights: int | None = None) -> dict[str, int]:
         """Returns how many of each operator read or write float32 numbers, apart from QUANTIZE and
@@ -160,7 +161,7 @@ class LiteRT:
             floats = {i for i, shape in matrices.items() if np.prod(shape) >= least_weights}
         names = [
             op["op_name"]
-            for op in self._split_operators()[0]
+            for op in self.list_operators()
             if op["op_name"] not in ("QUANTIZE", "DEQUANTIZE", "SHAPE")
             and floats & {int(i) for i in (*op["inputs"], *op["outputs"])}
         ]
@@ -175,14 +176,9 @@ class LiteRT:
 
     def count_delegates(self) -> tuple[int, int]:
         """Returns how many operators delegates run, and in how many pieces."""
-        plain, delegates = self._split_operators()
+        plain, delegates = self.list_operators(), self.list_operators(are_delegates=True)
         inside = [find_upstream(plain, d["outputs"], set(d["inputs"])) for d in delegates]
         return len(set().union(*inside)), len(delegates)
-
-    def _split_operators(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        operators = self.list_operators()
-        delegates = [op for op in operators if op["op_name"] == "DELEGATE"]
-        return [op for op in operators if op["op_name"] != "DELEGATE"], delegates
 
 
 @contextlib.contextmanager
