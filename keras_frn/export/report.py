@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ..errors import format_count
 from .presets import Preset
 
-__all__ = ["ExportReport"]
+__all__ = ["ExportReport", "list_counts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ExportReport:
         bound: What this fraction should not exceed on any sample.
         agreement: Fraction of samples (or positions) with the same argmax along the last axis, for
             outputs of more than one number.
+        is_quantized: False if the preset stores no number in fewer bits.
         equalized: Names of the normalization layers whose input channels were scaled.
         not_equalized: Dict from the names of the others to the reason.
         warnings: Sentences about what may cost accuracy.
