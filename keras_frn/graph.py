@@ -113,10 +113,21 @@ def _plain(model: keras.Model) -> keras.Model:
     return keras.Model(*_ends(model), name=model.name)
 
 
-def _nodes(plain: keras.Model) -> Iterator[Any]:
-    """The calls in a functional model as Keras keeps them, in the order of execution."""
-    for depth in sorted(plain._nodes_by_depth, reverse=True):
-        yield from (node for node in plain._nodes_by_depth[depth] if not node.is_input)
+def _walk(
+    model: keras.Model, inputs: Iterable[Any], visit: Callable[[Any, list[Any]], Iterable[Any]]
+) -> list[Any]:
+    """Follows the calls in a model in the order of execution; returns what its outputs are.
+
+    `inputs` are what its symbolic inputs are. `visit(node, read)` gets a call as Keras keeps it,
+    with what it reads, and returns what it gives. Nested models are calls.
+    """
+    plain = _plain(model)
+    known = dict(zip(plain.inputs, inputs))
+    for _, nodes in sorted(plain._nodes_by_depth.items(), reverse=True):
+        for node in nodes:
+            if not node.is_input:
+                known |= zip(node.outputs, visit(node, [known[x] for x in node.input_tensors]))
+    return [known[tensor] for tensor in plain.outputs]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,43 +156,44 @@ class Wiring:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        scopes: dict[keras.Model, tuple[list[Any], list[Any]]] = {}
-        calls = list(_calls(model, scopes))
-        count = collections.Counter(call.layer for call in calls)
-        opened = [c for c in calls if is_graph(c.layer) and count[c.layer] == 1]
-        self._same: dict[int, keras.KerasTensor] = {}
-        crossing: list[keras.KerasTensor] = []
-        for call in opened:
-            inputs, outputs = scopes[call.layer]
-            self._same |= {id(inside): outside for inside, outside in zip(inputs, call.inputs)}
-            self._same |= {id(outside): inside for inside, outside in zip(outputs, call.outputs)}
-            if not isinstance(call.layer, keras.Sequential):
-                crossing += call.inputs + call.outputs
-        self.inputs = [self._tensor(tensor) for tensor in scopes[model][0]]
-        self._checked = {id(self._tensor(tensor)) for tensor in crossing}
-        self._producers: dict[int, Call] = {}
-        self._consumers: dict[int, list[Call | None]] = collections.defaultdict(list)
         self.calls: list[Call] = []
-        for call in calls:
-            if call in opened:
-                continue
-            read, given = ([self._tensor(t) for t in ts] for ts in (call.inputs, call.outputs))
-            call = Call(call.layer, read, given, call.options)
+        self._producers: dict[keras.KerasTensor, Call] = {}
+        self._consumers: dict[Any, list[Call | None]] = collections.defaultdict(list)
+        self._checked: set[keras.KerasTensor] = set()
+        count: collections.Counter[Any] = collections.Counter()
+
+        def tally(node: Any, read: list[Any]) -> list[Any]:
+            count[node.operation] += 1
+            if is_graph(node.operation) and count[node.operation] == 1:
+                _walk(node.operation, node.operation.inputs, tally)
+            return node.outputs
+
+        def visit(node: Any, read: list[keras.KerasTensor]) -> list[keras.KerasTensor]:
+            layer = node.operation
+            if is_graph(layer) and count[layer] == 1:
+                given = _walk(layer, read, visit)
+                if not isinstance(layer, keras.Sequential):
+                    self._checked |= {*read, *given}
+                return given
+            args, kwargs = node.arguments.args[1:], node.arguments.kwargs
+            options = dict(enumerate(args, 1)) | {k: v for k, v in kwargs.items() if v is not None}
+            call = Call(layer, read, _make_tensors(node.outputs), options)
             self.calls.append(call)
             for tensor in call.inputs:
-                self._consumers[id(tensor)].append(call)
-            for tensor in call.outputs:
-                self._producers[id(tensor)] = call
-        closed = {call.layer for call in self.calls if is_graph(call.layer)}
-        for graph in (model, *closed):
-            for tensor in scopes[graph][1]:
-                self._consumers[id(self._tensor(tensor))].append(None)
+                self._consumers[tensor].append(call)
+            self._producers |= dict.fromkeys(call.outputs, call)
+            if is_graph(layer) and len(self.calls_of(layer)) == 1:
+                follow(layer)
+            return call.outputs
 
-    def _tensor(self, tensor: keras.KerasTensor) -> keras.KerasTensor:
-        """The one tensor that stands for all that are the same across borders."""
-        while id(tensor) in self._same:
-            tensor = self._same[id(tensor)]
-        return tensor
+        def follow(model: keras.Model) -> list[keras.KerasTensor]:
+            inputs = _make_tensors(model.inputs)
+            for tensor in _walk(model, inputs, visit):
+                self._consumers[tensor].append(None)
+            return inputs
+
+        _walk(model, model.inputs, tally)
+        self.inputs = follow(model)
 
     def calls_of(self, layer: Any) -> list[Call]:
         """The calls of one layer."""
@@ -189,33 +201,20 @@ class Wiring:
 
     def producer(self, tensor: keras.KerasTensor) -> Call | None:
         """The call that gives a tensor, or None for an input."""
-        return self._producers.get(id(tensor))
+        return self._producers.get(tensor)
 
     def consumers(self, tensor: keras.KerasTensor) -> list[Call | None]:
         """The calls that read a tensor, and a None for each time that it is an output."""
-        return self._consumers[id(tensor)]
+        return self._consumers[tensor]
 
     def is_checked(self, tensor: keras.KerasTensor) -> bool:
         """Whether a functional model compares the sizes of the tensor with what it was built on."""
-        return id(tensor) in self._checked
+        return tensor in self._checked
 
 
-def _calls(model: keras.Model, scopes: dict[keras.Model, Any]) -> Iterator[Call]:
-    """The calls in a model and in those inside it. `scopes` gets the inputs and outputs of each."""
-    plain = _plain(model)
-    own: dict[int, keras.KerasTensor] = {}
-
-    def tensors(symbolic: Iterable[keras.KerasTensor]) -> list[keras.KerasTensor]:
-        # Two models may have been built on the same symbolic tensor, which is not the same in both.
-        return [own.setdefault(id(t), keras.KerasTensor(t.shape, t.dtype)) for t in symbolic]
-
-    scopes[model] = tensors(plain.inputs), tensors(plain.outputs)
-    for node in _nodes(plain):
-        args, kwargs = node.arguments.args[1:], node.arguments.kwargs
-        options = {**dict(enumerate(args, 1)), **{k: v for k, v in kwargs.items() if v is not None}}
-        yield Call(node.operation, tensors(node.input_tensors), tensors(node.outputs), options)
-        if is_graph(node.operation) and node.operation not in scopes:
-            yield from _calls(node.operation, scopes)
+def _make_tensors(symbolic: Iterable[keras.KerasTensor]) -> list[keras.KerasTensor]:
+    # Two models may have been built on the same symbolic tensor, which is not the same in both.
+    return [keras.KerasTensor(tensor.shape, tensor.dtype) for tensor in symbolic]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,21 +267,15 @@ def unroll(model: keras.Model) -> tuple[list[Step], list[object]]:
     """
     steps: list[Step] = []
 
-    def add(model: keras.Model, inputs: list[object]) -> list[object]:
-        plain = _plain(model)
-        keys = {id(tensor): key for tensor, key in zip(plain.inputs, inputs)}
-        for node in _nodes(plain):
-            read = [keys[id(tensor)] for tensor in node.input_tensors]
-            if is_graph(node.operation):
-                given = add(node.operation, read)
-            else:
-                given = [object() for _ in node.outputs]
-                steps.append(Step(node.operation, read, given, node))
-            keys |= {id(tensor): key for tensor, key in zip(node.outputs, given)}
-        return [keys[id(tensor)] for tensor in plain.outputs]
+    def visit(node: Any, read: list[object]) -> list[object]:
+        if is_graph(node.operation):
+            return _walk(node.operation, read, visit)
+        step = Step(node.operation, read, [object() for _ in node.outputs], node)
+        steps.append(step)
+        return step.outputs
 
     inputs: list[object] = [object() for _ in model.inputs]
-    add(model, inputs)
+    _walk(model, inputs, visit)
     return steps, inputs
 
 
