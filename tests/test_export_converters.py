@@ -419,7 +419,7 @@ def test_scales_that_would_end_the_process_are_refused(is_squared, preset, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics"])
+@pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
 def test_tiny_filter_keeps_its_large_bias(preset, tmp_path, rng):
     """The scale of a bias follows from that of its filter, and it has 32 bits."""
     kernels = [layers.Conv2D(8, 3), layers.Conv2D(16, 3)]

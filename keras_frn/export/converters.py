@@ -194,7 +194,7 @@ def _by_quantizer(
 ) -> bytes:
     qtyping, ai_edge = import_quantizer()
     runtime = LiteRT(content, [spec.name for spec in inputs], is_plain=True)
-    ranges = measure_ranges(runtime, samples, scheme.headroom)
+    ranges = measure_ranges(runtime, samples, scheme.headroom, scheme.bits)
     # 16 bits round so little that what is right on average makes single samples worse.
     if scheme.bits == 8:
         content = correct_biases(content, runtime, samples, ranges)

@@ -33,7 +33,9 @@ Range = dict[str, Array]
 Limits = dict[int, tuple[Any, Any]]  # the least and the largest number of each tensor
 
 
-def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> dict[str, Range]:
+def measure_ranges(
+    runtime: LiteRT, samples: Samples, headroom: float = 1.0, bits: int = 8
+) -> dict[str, Range]:
     """Returns the range of each float tensor that is computed, by name, as the quantizer wants it.
 
     Saturating the rarest values of a full-size tensor makes the steps of the others finer. On two
@@ -68,7 +70,7 @@ def measure_ranges(runtime: LiteRT, samples: Samples, headroom: float = 1.0) -> 
         shape = (1,) * len(tensors[i]["shape"])
         low, high = np.clip(ends, -largest, largest).astype("f4").reshape(2, *shape)
         ranges[tensors[i]["name"]] = {"min": low, "max": high}
-    return ranges | _widen_products(runtime, ranges)
+    return ranges | _widen_products(runtime, ranges, bits)
 
 
 def _each_tensor(
@@ -153,7 +155,7 @@ def find_largest(filters: Array, operator: str) -> Array:
     return np.abs(filters).max(others, keepdims=True)
 
 
-def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, Range]:
+def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range], bits: int) -> dict[str, Range]:
     """The ranges of the filters and outputs of products that are too narrow for integers.
 
     Filters have too small a step of their own if their bias would have too many. Outputs are too
@@ -172,7 +174,7 @@ def _widen_products(runtime: LiteRT, ranges: Mapping[str, Range]) -> dict[str, R
             max(np.ptp([*ranges[names[i]].values()]), LEAST_SPAN)
             for i in (product.input, product.output)
         )
-        least = 127 * 255 * np.abs(bias) / (_BIAS_STEPS * span)
+        least = 127 * (2**bits - 1) * np.abs(bias) / (_BIAS_STEPS * span)
         bound = np.maximum(largest, least.reshape(largest.shape)).astype("f4")
         if np.any(bound > largest):
             widened[names[product.filters]] = {"min": -bound, "max": bound}
