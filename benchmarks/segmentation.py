@@ -5,7 +5,7 @@
 The volumes, 16x16x16, are made here: a few overlapping ellipsoids, to be found, among bright rods,
 to be left alone, under uneven light and noise; brightness and light differ from volume to volume.
 Each volume is brought to zero mean and unit variance. A 3D U-Net of three levels, 8 to 32 channels,
-sees 300 fresh volumes, one a step: SGD with Nesterov momentum 0.9, linear warm-up over 5 % of the
+sees 300 fresh volumes, one a step: SGD with Nesterov momentum 0.9, linear warm-up over 5% of the
 steps, a cosine to 0, cross-entropy and soft Dice. Dice is the mean over 100 other volumes.
 
 `--tune` chooses the rate of each normalization out of 0.01, 0.03 and 0.1 (and 0.3, where 0.1 is
@@ -201,7 +201,7 @@ def main():
         tune(rates_path, max(1, arguments.steps // 3), data, names)
     study(path, rates_path, arguments.steps, arguments.seeds, data, names)
     rows = [r for r in read(path) if r["steps"] == str(arguments.steps)]
-    print("\nDice in %, mean ± 95 % interval:")
+    print("\nDice in %, mean ± 95% interval:")
     cells(rows, "dice", NORMALIZATIONS, [("Dice", {})])
     in_words(rows, "dice", NORMALIZATIONS, {})
     plot_bars(rows, NORMALIZATIONS, picture(path))

@@ -6,7 +6,7 @@
 
 A pre-activation ResNet of 14 layers, 16 to 64 channels, on Fashion-MNIST (Debian package
 `dataset-fashion-mnist`, or `--data FOLDER`). Every network sees the same number of images and has
-the same schedule: SGD with Nesterov momentum 0.9, linear warm-up over 5 % of the steps, a cosine to
+the same schedule: SGD with Nesterov momentum 0.9, linear warm-up over 5% of the steps, a cosine to
 0, the rate in proportion to the batch size, horizontal flips, no weight decay. Accuracy is on the
 10,000 test images.
 
@@ -115,7 +115,7 @@ ABLATION = {
     "filters start at half": {"net": {"scale": 0.25}},
     "filters start at double": {"net": {"scale": 4.0}},
     "no warm-up": {"warm_up": 0.0},
-    "warm-up of 20 %": {"warm_up": 0.2},
+    "warm-up of 20%": {"warm_up": 0.2},
     "weights of zero mean, logits too": {"net": {"center_logits": True}},
 }
 
@@ -387,7 +387,7 @@ def report(path, images):
     lengths = [r["images"] for r in runs]
     usual = max(lengths, key=lengths.count, default=None)
     batches = sorted({int(r["batch"]) for r in study})
-    print(f"\nTest accuracy in %, mean ± 95 % interval; {images} images seen. By batch size:")
+    print(f"\nTest accuracy in %, mean ± 95% interval; {images} images seen. By batch size:")
     columns = [(batch, {"batch": batch}) for batch in batches]
     cells(study, "accuracy", NORMALIZATIONS, columns)
     for batch in batches:

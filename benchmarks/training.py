@@ -112,7 +112,7 @@ def append(row, path):
 
 
 def interval(values):
-    """Mean and half of the 95 % interval of the mean, by Student's t (NaN for one value)."""
+    """Mean and half of the 95% interval of the mean, by Student's t (NaN for one value)."""
     quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
     values, n = np.asarray(values, "float64"), len(values)
     if n < 2:

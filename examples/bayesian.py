@@ -21,8 +21,8 @@ The digits come with scikit-learn.
 
 ## What to expect
 
-No divergent trajectories, and about 85 % of the held-out digits right with the mean of 40 samples,
-75 % with one sample, and 88 % with one trained network.
+No divergent trajectories, and about 85% of the held-out digits right with the mean of 40 samples,
+75% with one sample, and 88% with one trained network.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def maximum(log_density, weights, steps, rate=0.01):
 ## The chain
 
 A sample is the end of a trajectory of leapfrog steps, which follows the gradient of the log-density
-over all images. The burn-in adapts the step size until 80 % of the trajectories are accepted; its
+over all images. The burn-in adapts the step size until 80% of the trajectories are accepted; its
 samples are discarded.
 """
 
@@ -190,7 +190,7 @@ def main(
     results["mean of the samples"] = scores(np.mean(sampled, 0), test_labels)
     results["last sample alone"] = scores(sampled[-1], test_labels)
     print(
-        f"{samples} samples in {seconds:.0f} s: {100 * np.mean(accepted):.0f} % accepted, "
+        f"{samples} samples in {seconds:.0f} s: {100 * np.mean(accepted):.0f}% accepted, "
         f"{sum(diverged)} diverged"
     )
     for name, result in results.items():

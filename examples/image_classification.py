@@ -24,7 +24,7 @@ four files as `--data`. Without them the example uses the 8x8 digits of scikit-l
 
 ## What to expect
 
-About 81 % of the test images right, after two passes over 6,000 images.
+About 81% of the test images right, after two passes over 6,000 images.
 """
 
 import argparse

@@ -19,7 +19,7 @@ Finally the file becomes a C array to compile into a program.
 
 ## What to expect
 
-A file of about 19 kB that needs 6.6 kB of memory beside it. TensorFlow Lite Micro gets about 98 %
+A file of about 19 kB that needs 6.6 kB of memory beside it. TensorFlow Lite Micro gets about 98%
 of the 360 test digits right, and its outputs are within one step of 256 of LiteRT's.
 """
 

@@ -22,7 +22,7 @@ four files as `--data`. `--data digits` uses the 8x8 digits of scikit-learn inst
 
 ## What to expect
 
-At epsilon 1.9, about 67 % of the test images right with FRN and 69 % with GroupNormalization.
+At epsilon 1.9, about 67% of the test images right with FRN and 69% with GroupNormalization.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def main(
             accuracies.append(train(model, data, steps, batch, clip, noise, rate, seed))
         results[name] = accuracies
         seconds = (time.perf_counter() - start) / seeds
-        shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in accuracies)
+        shown = ", ".join(f"{100 * accuracy:.1f}%" for accuracy in accuracies)
         print(f"{name:26} {model.count_params()} weights  {shown}  {seconds:.0f} s", flush=True)
     return spent, results
 

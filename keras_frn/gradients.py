@@ -2,7 +2,7 @@
 
 What XLA compiles, on JAX and on TensorFlow, has one form, chosen by what XLA makes of it on a GPU
 and a TPU (`benchmarks/accelerators.py`). TensorFlow's own kernels and PyTorch's have gradients
-written by hand, each for at least 5 % of a network's step (`benchmarks/README.md`)."""
+written by hand, each for at least 5% of a network's step (`benchmarks/README.md`)."""
 
 import functools
 import math
@@ -144,7 +144,7 @@ def _tensorflow_maximum(y: Tensor, tau: Tensor) -> Tensor:
             above = tf.raw_ops.ReluGrad(gradients=upstream, features=z - tau)
             # The sum of `upstream - above` within each sample, then over the batch. A difference
             # of sums loses digits where few positions are below tau; the sum of differences is one
-            # more pass, 5 % of a network's step.
+            # more pass, 5% of a network's step.
             within = [axis for axis in shared if axis > 0]
             over_batch = [axis for axis in shared if axis == 0]
             total, kept = (tf.reduce_sum(g, within, keepdims=True) for g in (upstream, above))

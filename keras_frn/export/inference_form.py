@@ -34,7 +34,7 @@ from .inference_layers import (
 __all__ = ["InferenceCopy"]
 
 # Below this share of a layer's largest mean square 8 bits leave fewer than 4 steps, and LiteRT's
-# 16-bit RSQRT, a table, is off by 1 % and more. A layer of which more than the second share of the
+# 16-bit RSQRT, a table, is off by 1% and more. A layer of which more than the second share of the
 # mean squares is there normalizes twice.
 _RESOLVED, _UNRESOLVED = 1 / 64, 0.01
 # A quarter of the largest number of half precision: other samples may have larger sums.
