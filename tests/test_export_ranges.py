@@ -110,6 +110,19 @@ def test_steep_activation_stays_as_it_is(tmp_path, rng):
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS["int8"])
 
 
+@pytest.mark.parametrize(("scale", "offset", "high"), [(1 / 127.5, -1, 255), (1.0, -0.5, 1)])
+def test_rescaled_images_are_exported_in_16_bits(scale, offset, high, tmp_path, rng):
+    """LiteRT refuses sums of 16 bits whose scales are powers of two."""
+    inputs = keras.Input((12, 12, 3))
+    x = layers.Conv2D(8, 3, padding="same")(layers.Rescaling(scale, offset)(inputs))
+    model = keras.Model(inputs, layers.Conv2D(4, 3)(frn_tlu_layer()(x)))
+    x = rng.integers(0, 256, (32, 12, 12, 3)).astype("float32") * high / 255
+    x[0, 0, :2] = [[0], [high]]
+    export_tflite(model, tmp_path / "m.tflite", quantization="int16x8", calibration_data=x)
+    (actual,) = LiteRT(tmp_path / "m.tflite")(x)
+    close(actual, model.predict(x, verbose=0), PRESETS["int16x8"])
+
+
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
 def test_units_that_no_sample_wakes_up_have_a_range(preset, tmp_path, rng):
     """As in a squeeze-and-excite block, where XNNPACK would refuse steps of 1e-11."""
