@@ -101,3 +101,18 @@ def test_nan_from_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
             quantization=None,
             calibration_data=images(rng, 16),
         )
+
+
+def test_refusal_of_a_kernel_names_the_operator(tmp_path, rng, monkeypatch):
+    """LiteRT's own text has a line of its code first, and the operator as a node last."""
+
+    def refuse(*_):
+        raise RuntimeError(
+            "kernels/add.cc:227 a == b was not true.Node number 2 (ADD) failed to prepare."
+        )
+
+    monkeypatch.setattr("ai_edge_litert.interpreter.Interpreter.get_signature_runner", refuse)
+    refusal = r"gives: LiteRT refuses ADD \(kernels/add.cc:227 a == b was not true\)\. Try"
+    with pytest.raises(ValueError, match=refusal):
+        export_tflite(small_model(), tmp_path / "m.tflite", calibration_data=images(rng))
+    assert not list(tmp_path.iterdir())

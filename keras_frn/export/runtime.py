@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -186,7 +187,12 @@ def _litert_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        raise LiteRTError(" ".join(str(error).split())) from error
+        text = " ".join(str(error).split()).rstrip(".")
+        # The words of a kernel, and then whose they are.
+        kernel = re.match(r"(.*?)\.? ?Node number \d+ \((\w+)\) failed", text)
+        if kernel:
+            text = f"LiteRT refuses {kernel[2]} ({kernel[1]})"
+        raise LiteRTError(text) from error
 
 
 def find_upstream(
