@@ -350,7 +350,7 @@ def perform(runs, path, rates_path, images, minutes):
         print(
             f"[{number}/{len(runs)}] {row['normalization']}{', zero mean' * row['zero_mean']}"
             f"{', ' * bool(row['variant'])}{row['variant']}, batch {row['batch']}, seed "
-            f"{row['seed']}: {row['accuracy']:.2f} % in {row['seconds']:.0f} s, {left:.0f} min"
+            f"{row['seed']}: {row['accuracy']:.2f}% in {row['seconds']:.0f} s, {left:.0f} min"
             " left",
             flush=True,
         )

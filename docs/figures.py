@@ -100,7 +100,7 @@ def zero_mean():
                     if (row["images"], row["batch"], row["normalization"], row["zero_mean"])
                     == (*run, name, flag)
                 ]
-                # Student's t for three values, 95 %.
+                # Student's t for three values, 95%.
                 half = 4.303 * np.std(values, ddof=1) / len(values) ** 0.5
                 place = y + (0.14 if flag == "0" else -0.14)
                 axes.errorbar(np.mean(values), place, xerr=half, fmt="o", color=color, label=label)

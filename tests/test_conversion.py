@@ -543,7 +543,8 @@ def test_arguments_are_checked(arguments, match):
 
 
 def test_unbuilt_model_is_refused():
-    with pytest.raises(ValueError, match=r"must be a built .* name=empty.* `keras.Input`"):
+    refusal = r"`model` must be a built Keras model. Received: model=.* name=empty.* `keras.Input`"
+    with pytest.raises(ValueError, match=refusal):
         _convert(keras.Sequential([layers.BatchNormalization()], name="empty"))
 
 

@@ -14,7 +14,7 @@ def test_short_demo_writes_every_file(tmp_path, capsys):
         expected |= {"SavedModel", "LiteRT"}
     assert {row.format for row in rows} == expected
     for row in rows:
-        assert row.accuracy > 0.6  # three epochs of twenty-four: about 80 %; by chance 10 %
+        assert row.accuracy > 0.6  # three epochs of twenty-four: about 80%; by chance 10%
         assert row.largest_difference < 1e-4  # of logits of about 10
         assert row.kilobytes > 0
     assert rows[1].largest_difference < 1e-5

@@ -46,7 +46,7 @@ def golden(folder):
 
 def check(logits, golden, name, tolerance=FLOAT):
     np.testing.assert_allclose(logits, golden[name], atol=tolerance)
-    # 64 images, each of 1.6 %: at most 3 on the border of two classes.
+    # 64 images, each of 1.6%: at most 3 on the border of two classes.
     assert (logits.argmax(-1) == golden["keras"].argmax(-1)).mean() > 0.95
 
 
