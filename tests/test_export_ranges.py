@@ -80,25 +80,35 @@ def test_16_bits_reach_beyond_the_calibration_data(tmp_path, rng):
     assert np.abs(actual - expected).max() < 0.01 * np.ptp(expected)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        layers.LeakyReLU(0.2),
-        layers.Activation("leaky_relu"),
-        layers.PReLU(keras.initializers.RandomUniform(-0.5, 1.0)),
-        layers.Activation("hard_swish"),
-        layers.ReLU(6.0),
-    ],
-    ids=["LeakyReLU", "leaky_relu", "PReLU", "hard_swish", "ReLU6"],
-)
-def test_activation_leaves_16_bits_their_headroom(layer, tmp_path, rng):
-    layer = type(layer).from_config(layer.get_config())
-    model = keras.Sequential([small_model(), layer, layers.Dense(4)])
+ACTIVATIONS = {
+    "LeakyReLU": lambda x: layers.LeakyReLU(0.2)(x),
+    "PReLU": lambda x: layers.PReLU(keras.initializers.RandomUniform(-0.5, 1.0))(x),
+    "ReLU with a slope": lambda x: layers.ReLU(negative_slope=0.1)(x),
+    "ReLU up to 6": lambda x: layers.ReLU(6.0)(x),
+    "ReLU up to 1": lambda x: layers.ReLU(1.0)(x),
+    "Activation": lambda x: layers.Activation("leaky_relu")(x),
+    "hard_swish": lambda x: layers.Activation("hard_swish")(x),
+    "operation": lambda x: keras.ops.leaky_relu(x, 0.1),
+    "operation hard_silu": keras.ops.hard_silu,
+    "operation relu6": keras.activations.relu6,
+    "operation clip": lambda x: keras.ops.clip(x, 0, 6),
+    "of a dense layer": lambda x: layers.Dense(6, activation="leaky_relu")(x),
+    "of a convolution": lambda x: layers.Conv2D(6, 3, activation="hard_swish")(x),
+    "of a transposed one": lambda x: layers.Conv2DTranspose(6, 3, activation="relu6")(x),
+}
+
+
+@pytest.mark.parametrize("activate", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_activation_leaves_16_bits_their_headroom(activate, tmp_path, rng):
+    inputs = keras.Input((12, 12, 3))
+    x = activate(frn_tlu_layer()(layers.Conv2D(6, 3)(inputs)))
+    model = keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling2D()(x)))
     x = images(rng, 20)
     report = export_tflite(model, tmp_path / "m.tflite", quantization="int16x8", calibration_data=x)
-    assert not {"LEAKY_RELU", "PRELU", "HARD_SWISH", "RELU6"} & set(report.operators)
+    kinds = {"LEAKY_RELU", "PRELU", "HARD_SWISH", "RELU6", "MINIMUM"}
+    assert not kinds & set(report.operators)
     assert not report.warnings, "such as one that TensorFlow's converter wrote the file"
-    assert report.max_error_fraction < 0.01, "of 8-bit weights; 0.003 was seen"
+    assert report.max_error_fraction < 0.01, "of 8-bit weights; 0.004 was seen"
 
 
 def test_steep_activation_stays_as_it_is(tmp_path, rng):

@@ -23,6 +23,7 @@ from ..typing import Array, Batch, Tensor
 from .inference_layers import (
     REPLACED,
     Activation,
+    ActivationLayer,
     Kept,
     MaxPooling,
     Normalization,
@@ -50,6 +51,9 @@ _CONVOLUTIONS = (layers.Dense, *list_classes("123", "ConvND"))
 _SEPARABLE = list_classes("12", "SeparableConvND")
 _DEPTHWISE = list_classes("12", "DepthwiseConvND")
 _TRANSPOSED = list_classes("123", "ConvNDTranspose")
+_WITH_ACTIVATION = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED, layers.EinsumDense)
+# Their operators take in an activation that follows.
+_FUSING = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, layers.Add)
 # They map a scaled channel to their output, scaled alike.
 _COMMUTING = (
     layers.Identity,
@@ -60,8 +64,6 @@ _COMMUTING = (
     *list_classes("123", "CroppingND", "AveragePoolingND", "SpatialDropoutND", "ZeroPaddingND"),
     *list_classes("123", "UpSamplingND", "GlobalMaxPoolingND", "GlobalAveragePoolingND"),
 )
-# f(k * x) = k * f(x) for k > 0.
-_HOMOGENEOUS = (keras.activations.linear, keras.activations.relu, keras.activations.leaky_relu)
 _OTHER_FLOATS = ("float16", "bfloat16", "float64", "mixed_float16", "mixed_bfloat16")
 
 
@@ -83,7 +85,7 @@ class InferenceCopy:
             make = functools.partial(_copy_layer, kept=kept)
             self.model, copies = graph.copy(model, make, _to_float32)
             for layer, copy in copies.items():
-                if not isinstance(copy, (Activation, Kept, Normalization)):
+                if not isinstance(copy, (ActivationLayer, Kept, Normalization)):
                     try:
                         graph.copy_weights(layer, copy)
                     except ArgumentError:
@@ -168,16 +170,19 @@ class InferenceCopy:
                 largest = 1.0
             layer.floor = floor * largest
         for call in self._wiring.calls:
-            if isinstance(call.layer, Activation):
-                is_alone = call.layer.is_relu6 and not self._fuses(call.inputs[0])
-                call.layer.in_steps = is_alone if call.layer.is_relu6 else bits == 16
+            activation = getattr(call.layer, "activation", None)
+            if isinstance(activation, Activation):
+                is_fused = activation.is_fusible and self._fuses_activation(call)
+                activation.in_steps = not is_fused if activation.is_clipped else bits == 16
 
-    def _fuses(self, tensor: Tensor) -> bool:
-        """Whether the operator that gives a tensor takes in an activation that follows."""
+    def _fuses_activation(self, call: graph.Call) -> bool:
+        """Whether the activation of a call becomes part of the operator before it."""
+        if not isinstance(call.layer, ActivationLayer):
+            return isinstance(call.layer, _FUSING)
+        (tensor,) = call.inputs
         producer = self._wiring.producer(tensor)
-        fusing = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, layers.Add)
         is_alone = len(self._wiring.consumers(tensor)) == 1
-        return is_alone and producer is not None and isinstance(producer.layer, fusing)
+        return is_alone and producer is not None and isinstance(producer.layer, _FUSING)
 
     def _record(
         self, batches: Iterable[Batch], with_peaks: bool
@@ -258,10 +263,12 @@ def _copy_layer(
         return Normalization(layer)
     activation = Activation.of(layer)
     if activation is not None:
-        return activation
+        return ActivationLayer(layer.name, activation)
     if layer not in kept:
         with contextlib.suppress(ArgumentError):
             copy = graph.copy_layer(layer, _to_float32, REPLACED.get(type(layer)))
+            if isinstance(copy, _WITH_ACTIVATION):
+                copy.activation = Activation.of(copy.activation) or copy.activation
             is_pooling = type(layer) in _MAX_POOLING and is_channels_last(layer)
             return MaxPooling(copy) if is_pooling else copy
     if layer.compute_dtype != "float32":
@@ -277,17 +284,22 @@ def _commutes(layer: Any) -> bool:
     """Whether the layer maps a scaled channel to its output, scaled alike."""
     if isinstance(layer, layers.ReLU):
         return layer.max_value is None and not np.any(layer.threshold)
-    if isinstance(layer, layers.Activation):
-        return layer.activation in _HOMOGENEOUS
-    if isinstance(layer, Activation):
-        return layer.is_homogeneous
+    if isinstance(layer, (layers.Activation, ActivationLayer)):
+        return _is_homogeneous(layer.activation)
     return isinstance(layer, _COMMUTING) and is_channels_last(layer)
+
+
+def _is_homogeneous(activation: Any) -> bool:
+    """Whether f(k * x) = k * f(x) for k > 0."""
+    if isinstance(activation, Activation):
+        return activation.is_homogeneous
+    return activation in (keras.activations.linear, keras.activations.relu)
 
 
 def _is_scalable(layer: keras.layers.Layer) -> bool:
     return (
         isinstance(layer, (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
-        and getattr(layer, "activation", None) in _HOMOGENEOUS
+        and _is_homogeneous(getattr(layer, "activation", None))
         and is_channels_last(layer)
         and not getattr(layer, "lora_enabled", False)
         and not getattr(layer, "quantization_mode", None)

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from .. import graph
 from .. import ops as frn_ops
 from ..layers import FilterResponseNormalization, read_epsilon, read_gamma
 from ..typing import Array, Tensor
@@ -15,6 +16,7 @@ from ..typing import Array, Tensor
 __all__ = [
     "REPLACED",
     "Activation",
+    "ActivationLayer",
     "Kept",
     "MaxPooling",
     "Normalization",
@@ -54,47 +56,52 @@ class MaxPooling(layers.Layer):
         return inputs if self.is_done else self.pooling(inputs)
 
 
-class Activation(layers.Layer):
-    """An activation that integers want in other operators, in one form or the other.
+class Activation:
+    """An activation in the operators of floats or, `in_steps`, in others that integers want.
+
+    ai-edge-quantizer has no LEAKY_RELU, PRELU and MINIMUM, and the files of TensorFlow's converter
+    no headroom in 16 bits. HARD_SWISH has no 16 bits at all. TensorFlow Lite Micro computes a RELU6
+    in the scale of its input, without an error, unless the operator before it takes it in.
 
     Attributes:
-        in_steps: Whether to compute it in the other operators.
-        is_relu6: TensorFlow Lite Micro computes a RELU6 in the scale of its input, without an
-            error, unless the operator before it takes it in.
+        is_clipped: Whether it is `min(max(x, 0), largest)`, which 8 bits want in steps, too.
+        is_fusible: Whether the operator before it may take it in, as it may a RELU6.
         is_homogeneous: Whether f(k * x) = k * f(x) for k > 0.
     """
 
-    in_steps = is_relu6 = is_homogeneous = False
+    in_steps = is_clipped = is_fusible = is_homogeneous = False
 
-    def __init__(self, name: str, function: _Function, steps: _Function) -> None:
-        super().__init__(name=name, dtype="float32")
-        self.supports_masking = True
+    def __init__(self, function: _Function, steps: _Function) -> None:
         self.function, self.steps = function, steps
 
-    @classmethod
-    def of(cls, layer: keras.layers.Layer) -> "Activation | None":
-        """The form of a layer that is such an activation, else None.
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return self.steps(inputs) if self.in_steps else self.function(inputs)
 
-        ai-edge-quantizer has no LEAKY_RELU and no PRELU, and the files of TensorFlow's converter no
-        headroom in 16 bits; HARD_SWISH has no 16 bits at all.
-        """
-        kind, function = type(layer), getattr(layer, "activation", None)
-        function = function if kind is layers.Activation else None
-        is_relu = kind is layers.ReLU and not layer.negative_slope and not layer.threshold
-        if function is keras.activations.relu6 or (is_relu and layer.max_value == 6):
-            result = cls(layer.name, ops.relu6, _relu6_in_steps)
-            result.is_relu6 = True
-            return result
-        if function is keras.activations.hard_silu:
-            return cls(layer.name, function, lambda x: x * _relu6_in_steps(x + 3.0) / 6.0)
-        slope: Any = None
-        if function is keras.activations.leaky_relu:
-            slope = 0.2
+    @classmethod
+    def of(cls, source: Any) -> "Activation | None":
+        """Both forms of a layer, an operation or a function that is such an activation, or None."""
+        kind = type(source)
+        if kind is layers.Activation:
+            source = source.activation
+        named = (name for name in ("relu6", "hard_silu", "leaky_relu") if _is_named(source, name))
+        name = next(named, None)
+        if name == "hard_silu":
+            return cls(ops.hard_silu, lambda x: x * _clip_in_steps(x + 3.0, 6.0) / 6.0)
+        largest: Any = 6.0 if name == "relu6" else None
+        slope: Any = getattr(source, "negative_slope", 0.2) if name == "leaky_relu" else None
+        if kind is layers.ReLU and not source.threshold:
+            largest, slope = source.max_value, source.negative_slope or None
+        elif graph.is_operation(source, lambda x: ops.clip(x, 0, 6)) and not np.any(source.x_min):
+            largest = source.x_max if np.ndim(source.x_max) == 0 else None
         elif kind is layers.LeakyReLU:
-            slope = layer.negative_slope
+            slope = source.negative_slope
         elif kind is layers.PReLU:
-            slope = ops.convert_to_numpy(layer.alpha).astype("float32")
-        if slope is None or np.any(slope > 1):
+            slope = ops.convert_to_numpy(source.alpha).astype("float32")
+        if largest is not None and slope is None:
+            result = cls(lambda x: ops.clip(x, 0.0, largest), lambda x: _clip_in_steps(x, largest))
+            result.is_clipped, result.is_fusible = True, largest == 6
+            return result
+        if slope is None or largest is not None or np.any(slope > 1):
             return None
 
         def rectify(x: Tensor) -> Tensor:
@@ -102,16 +109,31 @@ class Activation(layers.Layer):
                 return ops.relu(x) + -slope * ops.relu(-x)
             return ops.leaky_relu(x, slope)
 
-        result = cls(layer.name, rectify, lambda x: ops.maximum(x, slope * x))
+        result = cls(rectify, lambda x: ops.maximum(x, slope * x))
         result.is_homogeneous = True
         return result
 
+
+def _is_named(source: Any, name: str) -> bool:
+    """Whether it is the function or the operation of this name."""
+    is_function = source is getattr(keras.activations, name)
+    return is_function or graph.is_operation(source, getattr(ops, name))
+
+
+def _clip_in_steps(x: Tensor, largest: float) -> Tensor:
+    return largest - ops.relu(largest - ops.relu(x))
+
+
+class ActivationLayer(layers.Layer):
+    """An `Activation` as a layer."""
+
+    def __init__(self, name: str, activation: Activation) -> None:
+        super().__init__(name=name, dtype="float32")
+        self.supports_masking = True
+        self.activation = activation
+
     def call(self, inputs: Tensor) -> Tensor:
-        return self.steps(inputs) if self.in_steps else self.function(inputs)
-
-
-def _relu6_in_steps(x: Tensor) -> Tensor:
-    return 6.0 - ops.relu(6.0 - ops.relu(x))
+        return self.activation(inputs)
 
 
 def _convolve(
