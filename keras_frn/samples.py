@@ -1,6 +1,7 @@
 """Calibration data of every kind as batches, for every tool that takes it."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,8 +18,9 @@ __all__ = ["BATCH_SIZE", "MAX_SAMPLES", "Samples"]
 
 # More samples than these are not read.
 MAX_SAMPLES = 2048
-# One batch of this size is in memory at a time.
-BATCH_SIZE = 32
+# One batch of this size is in memory at a time, or of fewer samples if they have more numbers: what
+# a network keeps of them is some hundred times as large.
+BATCH_SIZE, _MOST_NUMBERS = 32, 2**21
 
 
 class Samples:
@@ -100,7 +102,8 @@ class Samples:
 
     def __iter__(self) -> Iterator[list[Any]]:
         for part in self._parts:
-            length, step = self._length(part), self.fixed_size or BATCH_SIZE
+            length, numbers = self._length(part), sum(math.prod(x.shape[1:]) for x in part)
+            step = self.fixed_size or min(BATCH_SIZE, max(1, _MOST_NUMBERS // max(numbers, 1)))
             for start in range(0, length, step):
                 batch = [self._array(i, x[start : start + step]) for i, x in enumerate(part)]
                 rows = np.arange(step) % len(batch[0])

@@ -90,6 +90,17 @@ def test_every_kind_of_data_can_be_read_again(kind, count, size):
     assert (low, high) == (x.min(), x.max())
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [((96, 96, 3), 32), ((256, 256, 3), 10), ((1024, 1024, 3), 1)]
+)
+def test_batches_of_large_samples_are_smaller(sizes, expected):
+    """Else the layers of a network on 32 photographs fill the memory."""
+    model = keras.Sequential([keras.Input((None, None, 3)), keras.layers.ReLU()])
+    x = np.broadcast_to(np.linspace(0, 1, sizes[1], dtype="float32")[:, None], (35, *sizes))
+    batches = [len(batch[0]) for batch in Samples(model, x[: 3 * expected + 2])]
+    assert (max(batches), sum(batches)) == (expected, min(35, 3 * expected + 2))
+
+
 def test_tensorflow_datasets(model, rng):
     tf = pytest.importorskip("tensorflow")
     x = rng.normal(size=(40, 4)).astype("float32")

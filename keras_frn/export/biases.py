@@ -41,8 +41,7 @@ def correct_biases(
     # Of each input: the sums of its channels, exact and rounded, and the number of positions.
     sums: dict[int, Any] = {p.input: np.zeros((2, tensors[p.input]["shape"][-1])) for p in products}
     counts = dict.fromkeys(sums, 0)
-    for batch in samples:
-        runtime(*batch)
+    for _ in runtime.run_each(samples):
         for x in sums:
             values = interpreter.get_tensor(x).astype("float64")
             low, high = (ranges[tensors[x]["name"]][end].item() for end in ("min", "max"))

@@ -76,9 +76,8 @@ def measure_ranges(
 def _each_tensor(
     runtime: LiteRT, samples: Samples, chosen: Collection[int]
 ) -> Iterator[tuple[int, Array]]:
-    """The finite numbers of float tensors, batch by batch."""
-    for batch in samples:
-        runtime(*batch)
+    """The finite numbers of float tensors, some samples at a time."""
+    for _ in runtime.run_each(samples):
         for i, tensor in runtime.list_tensors().items():
             if tensor["dtype"] == np.float32 and i in chosen:
                 values = runtime.interpreter.get_tensor(i)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ..samples import Samples
 from ..typing import Array, Batch, PathLike
 
 __all__ = ["LiteRT", "LiteRTError", "find_upstream", "import_litert"]
 
+# Numbers in the tensors of one run, if all are kept: 0.5 GB.
+_KEPT = 2**27
 # From which ratio of the scale of what an operator reads to that of its output on LiteRT refuses
 # the file or ends the process, by bits. Kernels take the ratio as a fraction of one, and XNNPACK as
 # a number below 256.
@@ -80,6 +84,17 @@ class LiteRT:
         with _litert_errors():
             outputs = self._runner(**inputs)
         return [_dequantize(outputs[name], d) for name, d in self._list_outputs()]
+
+    def run_each(self, samples: Samples) -> Iterator[None]:
+        """Runs the samples one part after the other, small enough to keep each tensor."""
+        self.allocate()
+        tensors = self.list_tensors()
+        kept = sum(math.prod(tensors[i]["shape"].tolist()) for i in self.list_computed())
+        size = samples.fixed_size or max(_KEPT // max(kept, 1), 1)
+        for batch in samples:
+            for start in range(0, len(batch[0]), size):
+                self(*(array[start : start + size] for array in batch))
+                yield
 
     def _check_scales(self) -> None:
         """Refuses scales that LiteRT does not run or survive."""
