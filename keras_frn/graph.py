@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -30,6 +31,7 @@ __all__ = [
     "is_built",
     "is_graph",
     "is_operation",
+    "is_relu",
     "list_layers",
     "replace_call",
     "unroll",
@@ -337,6 +339,16 @@ def is_operation(layer: Any, function: Callable[[Tensor], Tensor]) -> bool:
     return type(layer) is type(function(keras.KerasTensor((None, 1)))._keras_history.operation)
 
 
+def is_relu(function: Any) -> bool:
+    """Whether a function is the ReLU of Keras or of a backend, without a maximum or a slope."""
+    libraries = ("keras", "tensorflow", "jax", "torch")
+    return getattr(function, "__name__", "") == "relu" and _find_library(function) in libraries
+
+
+def _find_library(function: Any) -> str:
+    return (getattr(function, "__module__", None) or "").split(".")[0]
+
+
 def copy_layer(
     layer: Any,
     change_config: Callable[[Any], Any] = lambda config: config,
@@ -351,18 +363,26 @@ def copy_layer(
     known = {x for c in made_by.__mro__ for x in inspect.signature(c.__init__).parameters}
     try:
         config = change_config(_read_config(layer))
-        if made_by is keras.layers.Lambda:
-            # Its config is for files: a function that is read back has lost its module.
-            options = {name: config[name] for name in ("name", "dtype", "trainable")}
-            return made_by(layer.function, mask=layer.mask, arguments=layer.arguments, **options)
+        # A config is for files. There a function has only a name, or has lost its module.
+        options = {key: getattr(layer, key, None) for key in config}
+        config |= {key: value for key, value in options.items() if _is_users_function(value)}
         try:
+            if made_by is keras.layers.Lambda:
+                return made_by(**{key: config[key] for key in config if key in known})
             return made_by.from_config(config)
         except TypeError:
             # Some layers write what their constructors do not know.
             return made_by.from_config({key: config[key] for key in config if key in known})
     # What constructors raise that are given a config of other arguments than theirs.
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise _lacks_config(layer, " ".join(str(error).split()).split(" Example: ")[0]) from error
+        reason = " ".join(str(error).split()).split(" Example: ")[0]
+        raise _lacks_config(layer, reason.split("Exception encountered: ")[-1]) from error
+
+
+def _is_users_function(value: Any) -> bool:
+    """Whether a value is a function that its name in a config does not stand for."""
+    is_function = callable(value) and not hasattr(value, "get_config") and not is_relu(value)
+    return is_function and _find_library(value) != "keras"
 
 
 def _lacks_config(layer: Any, reason: str) -> ArgumentError:
@@ -375,7 +395,9 @@ def _lacks_config(layer: Any, reason: str) -> ArgumentError:
 
 def _read_config(layer: Any) -> dict[str, Any]:
     try:
-        return dict(layer.get_config())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*includes a `lambda`")  # nothing is saved here
+            return dict(layer.get_config())
     except NotImplementedError:
         # Keras describes no layer of its own accord that was given a dtype policy.
         own = inspect.signature(type(layer).__init__).parameters

@@ -139,6 +139,38 @@ def test_copy_layer_without_a_config_of_keras():
     assert type(copy).from_config(copy.get_config()).name == "x", "and the copy can be saved"
 
 
+def relu(x):
+    """A user's function, of a name that Keras has for another."""
+    return keras.ops.clip(x, 0.0, 1.0)
+
+
+@pytest.mark.each_backend
+@pytest.mark.parametrize("function", [relu, lambda x: x * x])
+def test_copy_layer_keeps_functions(function, rng):
+    x = rng.normal(2.0, size=(4, 3)).astype("float32")
+    dense = layers.Dense(3, activation=function, kernel_initializer=lambda shape, dtype: np.eye(3))
+    for layer in (layers.Activation(function), dense, layers.Lambda(function, output_shape=(3,))):
+        copy = graph.copy_layer(layer)
+        assert copy.compute_output_shape((4, 3)) == (4, 3)
+        np.testing.assert_array_equal(copy(x), layer(x))
+
+
+class Reads(layers.Layer):
+    """Its constructor does not take what its config has."""
+
+    def __init__(self, path, **kwargs):
+        super().__init__(**kwargs)
+        self.source = path.removesuffix(".npy")
+
+    def get_config(self):
+        return {**super().get_config(), "path": {"path": self.source}}
+
+
+def test_refusal_of_a_config_leaves_the_config_out():
+    with pytest.raises(ValueError, match="Received: x of class Reads: 'dict' object has no attrib"):
+        graph.copy_layer(Reads("x.npy", name="x"))
+
+
 class HoldsAFunction(layers.Layer):
     def __init__(self, function, **kwargs):
         super().__init__(**kwargs)
