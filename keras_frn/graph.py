@@ -33,6 +33,7 @@ __all__ = [
     "is_operation",
     "is_relu",
     "list_layers",
+    "read_config",
     "replace_call",
     "unroll",
     "watch_calls",
@@ -286,16 +287,18 @@ def copy(
     copy_one: Callable[[Any], Any],
     input_dtype: Callable[[str], str] = str,
     changes: Callable[[keras.Model], bool] = lambda model: True,
+    copies: dict[Any, Any] | None = None,
 ) -> tuple[keras.Model, dict[Any, Any]]:
     """Copies a model, with new layers in the old wiring.
 
     `copy_one` gives the layer in the place of each layer that is no model, and `input_dtype` the
     dtype in the place of that of an input. A class of models stays what it is if it is made of
     inputs and outputs, as `keras.Model` is. If it is made of something else, a model in which
-    nothing `changes` is copied by its config, and another becomes a `keras.Model`. Returns the
-    copy, and a dict from each layer to its copy, outer models first.
+    nothing `changes` is copied by its config, and another becomes a `keras.Model`. What has one in
+    `copies` is not copied again. Returns the copy, and a dict from each layer to its copy, outer
+    models first.
     """
-    copies: dict[Any, Any] = {}
+    copies = {} if copies is None else copies
 
     def input_like(x: keras.KerasTensor) -> keras.KerasTensor:
         # `clone_model` itself would name the inputs after the tensors.
@@ -362,10 +365,7 @@ def copy_layer(
     made_by: Any = layer_class or type(layer)
     known = {x for c in made_by.__mro__ for x in inspect.signature(c.__init__).parameters}
     try:
-        config = change_config(_read_config(layer))
-        # A config is for files. There a function has only a name, or has lost its module.
-        options = {key: getattr(layer, key, None) for key in config}
-        config |= {key: value for key, value in options.items() if _is_users_function(value)}
+        config = change_config(read_config(layer))
         try:
             if made_by is keras.layers.Lambda:
                 return made_by(**{key: config[key] for key in config if key in known})
@@ -393,18 +393,22 @@ def _lacks_config(layer: Any, reason: str) -> ArgumentError:
     )
 
 
-def _read_config(layer: Any) -> dict[str, Any]:
+def read_config(layer: Any) -> dict[str, Any]:
+    """What makes a layer again in this process: its config, and the user's functions themselves."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*includes a `lambda`")  # nothing is saved here
-            return dict(layer.get_config())
+            config = dict(layer.get_config())
     except NotImplementedError:
         # Keras describes no layer of its own accord that was given a dtype policy.
         own = inspect.signature(type(layer).__init__).parameters
         if not {*own} <= {"self", "args", "kwargs", "name", "dtype", "trainable"}:
             raise
         dtype = layer.dtype_policy.name
-        return {"name": layer.name, "trainable": layer.trainable, "dtype": dtype}
+        config = {"name": layer.name, "trainable": layer.trainable, "dtype": dtype}
+    # In a config, a function has only a name, or has lost its module.
+    given = {key: getattr(layer, key, None) for key in config}
+    return config | {key: value for key, value in given.items() if _is_users_function(value)}
 
 
 def copy_weights(layer: Any, copy: Any) -> None:

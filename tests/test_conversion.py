@@ -425,9 +425,18 @@ def test_frozen_layers_stay_frozen_and_the_result_is_uncompiled(rng):
 @pytest.mark.each_backend
 def test_regularizers_constraints_and_dtype_are_kept():
     bn = layers.BatchNormalization(
-        gamma_regularizer="l2", beta_constraint="non_neg", dtype="mixed_float16", axis=1
+        gamma_regularizer="l2",
+        beta_regularizer=lambda beta: keras.ops.sum(beta),
+        beta_constraint="non_neg",
+        activity_regularizer="l2",
+        dtype="mixed_float16",
+        axis=1,
     )
-    frn = _convert(keras.Sequential([keras.Input((3, 9)), bn])).layers[0]
+    model = keras.Sequential([keras.Input((3, 9)), bn, layers.ReLU(activity_regularizer="l1")])
+    converted = _convert(model)
+    frn = converted.layers[0]
+    assert frn.beta_regularizer is bn.beta_regularizer
+    assert [type(x.activity_regularizer).__name__ for x in converted.layers] == ["L2", "L1"]
     assert isinstance(frn.gamma_regularizer, keras.regularizers.L2)
     assert isinstance(frn.beta_constraint, keras.constraints.NonNeg)
     assert (frn.compute_dtype, frn.axis) == ("float16", 1)
@@ -681,6 +690,56 @@ def test_time_distributed_layers_are_converted(steps, is_calibrated, rng, tmp_pa
     converted.save(tmp_path / "frn.keras")
     loaded = keras.models.load_model(tmp_path / "frn.keras")
     np.testing.assert_array_equal(loaded(x), converted(x))
+
+
+def _step_layers():
+    x = inputs = keras.Input((4, 5))
+    for layer in (layers.Dense(3), layers.BatchNormalization(), layers.ReLU()):
+        x = layers.TimeDistributed(layer)(x)
+    x = layers.TimeDistributed(layers.BatchNormalization(1))(x)
+    return keras.Model(inputs, layers.Activation("relu")(x))
+
+
+def _several_steps():
+    cnn = keras.Sequential([keras.Input((5,)), layers.Dense(5), layers.BatchNormalization()])
+    inputs = keras.Input((4, 5))
+    x = layers.TimeDistributed(cnn)(layers.TimeDistributed(cnn)(inputs))
+    return keras.Model(inputs, [x, cnn(layers.GlobalAveragePooling1D()(inputs))])
+
+
+def _steps_of_steps():
+    cnn = keras.Sequential([keras.Input((5,)), layers.BatchNormalization(), layers.ReLU()])
+    inputs = keras.Input((2, 4, 5))
+    return keras.Model(inputs, layers.TimeDistributed(layers.TimeDistributed(cnn))(inputs))
+
+
+def _steps_of_blocks():
+    cnn = keras.Sequential([keras.Input((6, 6, 4)), Block(), layers.BatchNormalization()])
+    x = inputs = keras.Input((3, 6, 6, 4))
+    x = layers.TimeDistributed(Block(name="alone"))(layers.TimeDistributed(cnn)(x))
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.each_backend
+@pytest.mark.parametrize(
+    ("build", "norms", "tlus"),
+    [
+        (_step_layers, 2, 2),
+        (_several_steps, 1, 0),
+        (_steps_of_steps, 1, 1),
+        (_steps_of_blocks, 3, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_all_layers_inside_of_time_distributed_ones_are_converted(build, norms, tlus, rng):
+    model = _train_inside(build(), rng)
+    x = _input(model, rng)
+    for data in (None, x):
+        converted, report = _convert(model, data, epsilon_ratio=FIXED_SCALE, return_report=True)
+        assert (report.replaced, report.left, len(report.entries)) == (norms, 0, norms + tlus)
+        assert sum(isinstance(layer, TLU) for layer in converted._flatten_layers()) == tlus
+        for actual, expected in zip(*(keras.tree.flatten(m(x)) for m in (converted, model))):
+            close(actual, expected, 1e-3)  # a variance is a difference of float32 means
 
 
 @keras.saving.register_keras_serializable("tests")

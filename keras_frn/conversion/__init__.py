@@ -12,7 +12,7 @@ from ..errors import ArgumentError, ArgumentWarning, format_count
 from ..samples import Samples
 from ..typing import CalibrationData, is_number
 from .fit import fit, measure_agreement, set_closed_form
-from .opening import open_layers
+from .opening import copy_model, open_layers
 from .plan import Plan
 from .report import ConversionReport, Replacement
 
@@ -117,8 +117,7 @@ def replace_batch_normalization(
     samples = Samples(model, calibration_data)
     opened, closed = open_layers(model)
     plan = Plan(opened, replace_activations, epsilon_ratio, learned_epsilon, closed)
-    converted, copies = graph.copy(opened, plan.copy_layer, changes=plan.changes)
-    copies |= plan.copies
+    converted, copies = copy_model(opened, plan.copy_layer, plan.changes)
     for layer, copy in copies.items():
         if layer in plan.ratios:
             set_closed_form(copy, layer, plan.ratios[layer])

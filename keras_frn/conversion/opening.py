@@ -1,7 +1,9 @@
 """Layers that hold BatchNormalization inside, as nested models whose layers can be replaced."""
 
+import dataclasses
 import inspect
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -9,7 +11,14 @@ import numpy as np
 
 from .. import graph
 
-__all__ = ["holds_batch_normalization", "is_batch_normalization", "open_layers"]
+__all__ = [
+    "Use",
+    "copy_model",
+    "is_batch_normalization",
+    "is_distributed",
+    "list_uses",
+    "open_layers",
+]
 
 
 def is_batch_normalization(layer: Any) -> bool:
@@ -20,9 +29,64 @@ def is_batch_normalization(layer: Any) -> bool:
     return "moving_variance" in names and not graph.list_layers(layer)
 
 
-def holds_batch_normalization(layer: Any) -> bool:
+def _holds_batch_normalization(layer: Any) -> bool:
     """Whether a layer that is no model of known wiring has BatchNormalization inside."""
     return not graph.is_graph(layer) and any(map(is_batch_normalization, graph.list_layers(layer)))
+
+
+def is_distributed(layer: Any) -> bool:
+    """Whether a layer is `TimeDistributed`, which calls the layer inside it."""
+    return type(layer) is keras.layers.TimeDistributed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """A layer where it is used: in a call of its own, or of `depth` `TimeDistributed` around it."""
+
+    layer: Any
+    call: graph.Call
+    wiring: graph.Wiring
+    depth: int = 0
+
+
+def list_uses(model: keras.Model) -> list[Use]:
+    """All uses of all layers in a model, with those inside of `TimeDistributed` layers."""
+    found: dict[keras.Model, list[Use]] = {}
+
+    def follow(inner: keras.Model) -> None:
+        if inner not in found:
+            wiring = graph.Wiring(inner)
+            found[inner] = [use for call in wiring.calls for use in split(call, wiring)]
+
+    def split(call: graph.Call, wiring: graph.Wiring) -> Iterator[Use]:
+        use = Use(call.layer, call, wiring)
+        yield use
+        while is_distributed(use.layer):
+            use = dataclasses.replace(use, layer=use.layer.layer, depth=use.depth + 1)
+            yield use
+        if use.depth and graph.is_graph(use.layer):
+            follow(use.layer)
+
+    follow(model)
+    return [use for uses in found.values() for use in uses]
+
+
+def copy_model(
+    model: keras.Model,
+    copy_one: Callable[[Any], Any],
+    changes: Callable[[keras.Model], bool] = lambda model: True,
+) -> tuple[keras.Model, dict[Any, Any]]:
+    """Copies a model as `graph.copy` does, and the layers inside of `TimeDistributed` as others."""
+    copies: dict[Any, Any] = {}
+
+    def copy_inside(layer: Any) -> Any:
+        if not is_distributed(layer):
+            return copy_one(layer)
+        inner, _ = graph.copy(layer.layer, copy_inside, changes=changes, copies=copies)
+        options = {"name": layer.name, "trainable": layer.trainable}
+        return keras.layers.TimeDistributed(inner, dtype=layer.dtype_policy, **options)
+
+    return graph.copy(model, copy_inside, changes=changes, copies=copies)
 
 
 def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
@@ -35,23 +99,21 @@ def open_layers(model: keras.Model) -> tuple[keras.Model, dict[str, str]]:
     and gives the same. Returns the model itself if there is nothing to open, and a dict from the
     names of the layers that stay closed to the reason.
     """
-    wiring = graph.Wiring(model)
+    uses = list_uses(model)
     opened: dict[Any, keras.Model] = {}
     closed: dict[str, str] = {}
-    for layer in dict.fromkeys(call.layer for call in wiring.calls):
-        holds = holds_batch_normalization(layer)
-        is_distributed = isinstance(layer, keras.layers.TimeDistributed)
-        if is_distributed or (not holds and _is_readable(layer)):
+    for layer in dict.fromkeys(use.layer for use in uses):
+        if is_distributed(layer) or (not _holds_batch_normalization(layer) and _is_readable(layer)):
             continue
         try:
-            opened[layer] = _open(layer, wiring.calls_of(layer))
+            opened[layer] = _open(layer, [use for use in uses if use.layer is layer])
         except _StaysClosedError as reason:
             closed[layer.name] = str(reason)
     if not opened:
         return model, closed
-    result, copies = graph.copy(model, lambda x: opened.get(x) or graph.copy_layer(x))
+    result, copies = copy_model(model, lambda x: opened.get(x) or graph.copy_layer(x))
     for layer, copy in copies.items():
-        if layer not in opened:
+        if layer not in opened and not is_distributed(layer):
             graph.copy_weights(layer, copy)
     graph.copy_trainable(copies)
     # What was inside may hold more of them.
@@ -74,14 +136,16 @@ class _StaysClosedError(Exception):
     """Says why a layer cannot be opened."""
 
 
-def _open(layer: keras.Layer, calls: list[graph.Call]) -> keras.Model:
+def _open(layer: keras.Layer, uses: list[Use]) -> keras.Model:
     """A functional model of what a layer computes, with layers and weights of its own."""
-    if any(len(call.inputs) != 1 or set(call.options) - {"training"} for call in calls):
+    if any(len(use.call.inputs) != 1 or set(use.call.options) - {"training"} for use in uses):
         raise _StaysClosedError("it is called with more than one tensor")
-    symbolic = calls[0].inputs[0]
+    (symbolic,), depth = uses[0].call.inputs, uses[0].depth
+    dtype, shape = symbolic.dtype, list(symbolic.shape)
+    del shape[1 : 1 + depth]
 
     def make_input() -> keras.KerasTensor:
-        return keras.Input(batch_shape=symbolic.shape, dtype=symbolic.dtype)
+        return keras.Input(batch_shape=shape, dtype=dtype)
 
     has_training = "training" in inspect.signature(layer.call).parameters
     traces = []
@@ -104,8 +168,8 @@ def _open(layer: keras.Layer, calls: list[graph.Call]) -> keras.Model:
         raise _StaysClosedError("it has weights or losses outside of the layers inside it")
     opened.trainable = layer.trainable
     graph.copy_trainable({layer: copy})
-    shape = [size or 8 for size in symbolic.shape[1:]]
-    x = np.random.default_rng(0).normal(size=(2, *shape)).astype(symbolic.dtype)
+    sizes = [size or 8 for size in shape[1:]]
+    x = np.random.default_rng(0).normal(size=(shape[0] or 2, *sizes)).astype(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = [keras.tree.flatten(f(x, training=False)) for f in (layer, opened)]

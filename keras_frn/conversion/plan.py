@@ -11,7 +11,7 @@ from .. import graph
 from ..errors import format_count
 from ..layers import TLU, FilterResponseNormalization
 from .fit import CONSTANT_EPSILON, Affine
-from .opening import holds_batch_normalization, is_batch_normalization
+from .opening import is_batch_normalization, is_distributed, list_uses
 from .report import FRN, THRESHOLD, Replacement
 
 __all__ = ["Plan", "count_positions"]
@@ -35,7 +35,6 @@ class Plan:
 
     Attributes:
         ratios: Dict from the BatchNormalization layers to replace to their epsilon / mean square.
-        copies: Dict from each layer inside of a `TimeDistributed` to its copy.
     """
 
     def __init__(
@@ -47,19 +46,13 @@ class Plan:
         closed: Mapping[str, str],
     ) -> None:
         self._learned_epsilon, self._closed = learned_epsilon, closed
-        self.copies: dict[Any, Any] = {}
-        self._wirings = [graph.Wiring(model)]
+        self._uses = list_uses(model)
+        self._layers = dict.fromkeys(use.layer for use in self._uses)
         self.ratios: dict[Any, Any] = {}
-        for wiring in self._wirings:  # which grows
-            for call in wiring.calls:
-                inside = _list_distributed(call.layer)
-                self._wirings += [graph.Wiring(x) for x in inside if graph.is_graph(x)]
-                for layer in (call.layer, *inside):
-                    if type(layer) is keras.layers.BatchNormalization:
-                        single = count_positions(layer) == 1
-                        least = _SINGLE_POSITION_RATIO if single else 0.0
-                        self.ratios[layer] = max(epsilon_ratio, least)
-        self._layers = dict.fromkeys(call.layer for w in self._wirings for call in w.calls)
+        for layer in self._layers:
+            if type(layer) is keras.layers.BatchNormalization:
+                least = _SINGLE_POSITION_RATIO if count_positions(layer) == 1 else 0.0
+                self.ratios[layer] = max(epsilon_ratio, least)
         self._tlus = {
             layer: self._find_norm(layer)
             for layer in (self._layers if replace_activations else ())
@@ -76,33 +69,25 @@ class Plan:
             return self._make_frn(layer)
         if layer in self._tlus:
             return _make_tlu(layer, self._tlus[layer])
-        for inner in _list_distributed(layer):
-            if graph.is_graph(inner):
-                copy, copies = graph.copy(inner, self.copy_layer, changes=self.changes)
-                self.copies |= copies
-            else:
-                copy = self.copies[inner] = self.copy_layer(inner)
-            options = {"name": layer.name, "trainable": layer.trainable}
-            return keras.layers.TimeDistributed(copy, dtype=layer.dtype_policy, **options)
         return graph.copy_layer(layer)
 
     def keeps_weights(self, layer: Any) -> bool:
         """Whether a layer and its copy have the same weights."""
-        return not (layer in self.ratios or layer in self._tlus or _list_distributed(layer))
+        return not (layer in self.ratios or layer in self._tlus or is_distributed(layer))
 
     def _find_sources(self, layer: Any) -> set[Any]:
         """The layers that a layer reads; None is an input."""
-        calls = [(wiring, call) for wiring in self._wirings for call in wiring.calls_of(layer)]
-        producers = [wiring.producer(tensor) for wiring, call in calls for tensor in call.inputs]
-        return {producer and producer.layer for producer in producers}
+        uses = [use for use in self._uses if use.layer is layer]
+        producers = [use.wiring.producer(tensor) for use in uses for tensor in use.call.inputs]
+        return {_unwrap(producer and producer.layer) for producer in producers}
 
     def _find_norm(self, layer: Any) -> Any:
         """A layer to replace that the layer reads, or None."""
         return next((x for x in self._find_sources(layer) if x in self.ratios), None)
 
     def _make_frn(self, bn: Any) -> FilterResponseNormalization:
-        config = bn.get_config()
-        names = ["name", "trainable", "dtype", "axis"]
+        config = graph.read_config(bn)
+        names = ["name", "trainable", "dtype", "axis", "activity_regularizer"]
         for weight in ("beta", "gamma"):
             names += [f"{weight}_{x}" for x in ("initializer", "regularizer", "constraint")]
         options: dict[str, Any] = {"epsilon": CONSTANT_EPSILON}
@@ -113,13 +98,13 @@ class Plan:
         else:
             mean_square = Affine.of(bn).mean_square
             options["epsilon"] = (CONSTANT_EPSILON + self.ratios[bn] * mean_square).tolist()
-        return FilterResponseNormalization.from_config({**{n: config[n] for n in names}, **options})
+        return FilterResponseNormalization.from_config(
+            {n: config[n] for n in names if n in config} | options
+        )
 
     def describe(self, ratios: Mapping[Any, Any]) -> Iterator[Replacement]:
         """The rows of the report."""
-        layers = dict(self._layers)
-        layers |= dict.fromkeys(self.ratios)  # those inside of a `TimeDistributed`, too
-        for layer in layers:
+        for layer in filter(lambda x: not is_distributed(x), self._layers):
             row: dict[str, Any] = {"layer": layer.name, "kind": type(layer).__name__}
             inside = filter(is_batch_normalization, (layer, *graph.list_layers(layer)))
             left = [x for x in inside if x not in self.ratios]
@@ -142,29 +127,25 @@ class Plan:
                 yield Replacement(**row, action="kept", reason=reason)
 
 
-def _list_distributed(layer: Any) -> list[Any]:
-    """What a `TimeDistributed` layer applies to each step, if it holds BatchNormalization."""
-    if type(layer) is not keras.layers.TimeDistributed:
-        return []
-    inner = layer.layer
-    is_known = type(inner) is keras.layers.BatchNormalization or graph.is_graph(inner)
-    return [inner] if is_known and holds_batch_normalization(layer) else []
+def _unwrap(layer: Any) -> Any:
+    """The layer inside of `TimeDistributed` ones."""
+    return _unwrap(layer.layer) if is_distributed(layer) else layer
 
 
 def _make_tlu(activation: Any, bn: Any) -> TLU:
     trainable = getattr(activation, "trainable", True)
     dtype = getattr(activation, "dtype_policy", bn.dtype_policy)
-    return TLU(bn.axis, name=activation.name, trainable=trainable, dtype=dtype)
+    axis = bn.axis - len(bn.get_build_config()["input_shape"]) if bn.axis > 0 else bn.axis
+    options = {"activity_regularizer": getattr(activation, "activity_regularizer", None)}
+    return TLU(axis, name=activation.name, trainable=trainable, dtype=dtype, **options)
 
 
 def _is_relu(layer: Any) -> bool:
-    if type(layer) is keras.layers.ReLU:
-        return layer.max_value is None and not layer.negative_slope and not layer.threshold
     if type(layer) is keras.layers.Activation:
-        return layer.activation is keras.activations.relu
+        return graph.is_relu(layer.activation)
     kinds = (keras.ops.relu, keras.activations.relu)
     options = [getattr(layer, x, None) for x in ("max_value", "negative_slope", "threshold")]
-    is_relu = any(graph.is_operation(layer, kind) for kind in kinds)
+    is_relu = type(layer) is keras.layers.ReLU or any(graph.is_operation(layer, x) for x in kinds)
     return is_relu and options[0] is None and not any(options)
 
 
