@@ -40,9 +40,16 @@ __all__ = [
 ]
 
 
+# What constructors raise that are given other arguments than theirs.
+_NOT_MADE = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
+
+
 def is_graph(layer: Any) -> TypeGuard[keras.Model]:
-    """Whether a layer is a model whose wiring is known."""
-    return isinstance(layer, keras.Model) and isinstance(layer, (keras.Sequential, keras.Function))
+    """Whether a layer is a model whose wiring is known, and is all that it computes."""
+    is_wired = isinstance(layer, keras.Model) and isinstance(
+        layer, (keras.Sequential, keras.Function)
+    )
+    return is_wired and _find_library(type(layer).call) == "keras"
 
 
 def list_layers(layer: Any) -> list[keras.Layer]:
@@ -293,8 +300,9 @@ def copy(
 
     `copy_one` gives the layer in the place of each layer that is no model, and `input_dtype` the
     dtype in the place of that of an input. A class of models stays what it is if it is made of
-    inputs and outputs, as `keras.Model` is. If it is made of something else, a model in which
-    nothing `changes` is copied by its config, and another becomes a `keras.Model`. What has one in
+    inputs and outputs, as `keras.Model` is, and of attributes without layers. If it is made of
+    something else, a model in which nothing `changes` is copied by its config, if that is possible,
+    and another becomes a `keras.Model`. What has one in
     `copies` is not copied again. Returns the copy, and a dict from each layer to its copy, outer
     models first.
     """
@@ -315,16 +323,24 @@ def copy(
         is_sequential = isinstance(graph, keras.Sequential)
         own = _takes(type(graph), ["layers"] if is_sequential else ["inputs", "outputs"])
         if not own and not changes(graph):
-            result = type(graph).from_config(graph.get_config())
-            result.set_weights(graph.get_weights())
-            return result
+            with contextlib.suppress(*_NOT_MADE):
+                result = type(graph).from_config(graph.get_config())
+                result.set_weights(graph.get_weights())
+                return result
+        parts: tuple[Any, ...]
         if is_sequential:
-            stack = [input_like(graph.inputs[0]), *map(copied, graph.layers)]
-            return (type(graph) if own else keras.Sequential)(stack, name=graph.name)
-        inputs = keras.tree.map_structure(input_like, graph.input)
-        result = keras.models.clone_model(_plain(graph), inputs, clone_function=copied)
-        is_plain = type(graph) is type(result)
-        return type(graph)(*_ends(result), name=graph.name) if own and not is_plain else result
+            parts = ([input_like(graph.inputs[0]), *map(copied, graph.layers)],)
+            result = keras.Sequential(*parts, name=graph.name)
+        else:
+            inputs = keras.tree.map_structure(input_like, graph.input)
+            result = keras.models.clone_model(_plain(graph), inputs, clone_function=copied)
+            parts = _ends(result)
+        if own and type(graph) is not type(result):
+            with contextlib.suppress(*_NOT_MADE):
+                options = _read_options(graph, result)
+                result = type(graph)(*parts, **options)
+                result.name = graph.name
+        return result
 
     result = copied(model)
     return result, dict(reversed(copies.items()))
@@ -335,6 +351,22 @@ def _takes(model_class: type[keras.Model], arguments: list[str]) -> bool:
     spec = inspect.getfullargspec(model_class.__init__)
     given = spec.args[1 : 1 + len(arguments)] == arguments
     return given or (spec.varargs is not None and spec.varkw is not None)
+
+
+def _read_options(model: keras.Model, plain: keras.Model) -> dict[str, Any]:
+    """What a class of models is made of, beside what the plain class is: its attributes."""
+    own, known = (_list_parameters(type(x)) for x in (model, plain))
+    options = {name: vars(model)[name] for name in own - known if name in vars(model)}
+    return {name: value for name, value in options.items() if not _holds_layers(value)}
+
+
+def _list_parameters(layer_class: Any) -> set[str]:
+    return {x for c in layer_class.__mro__ for x in inspect.signature(c.__init__).parameters}
+
+
+def _holds_layers(value: Any) -> bool:
+    kinds = (keras.layers.Layer, keras.Variable, keras.Metric)
+    return any(isinstance(x, kinds) for x in keras.tree.flatten(value))
 
 
 def is_operation(layer: Any, function: Callable[[Tensor], Tensor]) -> bool:
@@ -363,7 +395,7 @@ def copy_layer(
         ArgumentError: if the config does not make it.
     """
     made_by: Any = layer_class or type(layer)
-    known = {x for c in made_by.__mro__ for x in inspect.signature(c.__init__).parameters}
+    known = _list_parameters(made_by)
     try:
         config = change_config(read_config(layer))
         try:
@@ -373,8 +405,7 @@ def copy_layer(
         except TypeError:
             # Some layers write what their constructors do not know.
             return made_by.from_config({key: config[key] for key in config if key in known})
-    # What constructors raise that are given a config of other arguments than theirs.
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+    except _NOT_MADE as error:
         reason = " ".join(str(error).split()).split(" Example: ")[0]
         raise _lacks_config(layer, reason.split("Exception encountered: ")[-1]) from error
 
@@ -436,5 +467,5 @@ def copy_trainable(copies: Mapping[Any, Any]) -> None:
         if copy.trainable != layer.trainable:
             copy.trainable = layer.trainable
         inside = [list_layers(x) for x in (layer, copy)]
-        if not is_graph(layer) and len(inside[0]) == len(inside[1]):
+        if len(inside[0]) == len(inside[1]):
             copy_trainable(dict(zip(*inside)))

@@ -773,6 +773,73 @@ def test_model_classes_that_keras_can_rebuild_are_kept(rng):
     assert (type(converted), type(converted.get_layer("inner"))) == (OwnStep, OwnStep)
 
 
+@keras.saving.register_keras_serializable("tests")
+class OfMore(keras.Model):
+    """A class that is made of inputs, outputs and more."""
+
+    def __init__(self, inputs, outputs, name=None, *, factor=1.0, **kwargs):
+        super().__init__(inputs, outputs, name=name, **kwargs)
+        self.factor, self.loss_mean = factor, keras.metrics.Mean(name="mean")
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor}
+
+
+def test_model_classes_keep_what_else_they_are_made_of(rng, tmp_path):
+    inputs = keras.Input((3,))
+    inner = OfMore(inputs, layers.BatchNormalization()(inputs), name="inner", factor=2.0)
+    model = OfMore(inputs, inner(inputs), factor=3.0)
+    converted = _convert(model)
+    converted.save(tmp_path / "frn.keras")
+    for copy in (converted, keras.models.load_model(tmp_path / "frn.keras")):
+        assert (type(copy), copy.factor, copy.get_layer("inner").factor) == (OfMore, 3.0, 2.0)
+    x = rng.normal(size=(4, 3))
+    model.compile("sgd", "mse")
+    model.fit(x, x, verbose=0)
+    model.class_names = ["a"]
+    with pytest.warns(
+        UserWarning, match="of class OfMore is copied, without its own class_names\\.$"
+    ):
+        _convert(model)
+
+
+class OwnCall(keras.Model):
+    def call(self, inputs, training=None, mask=None):
+        return 3.0 * super().call(inputs, training=training) + 1.0
+
+
+def test_a_model_with_its_own_call_is_more_than_its_wiring(rng):
+    def block(inputs):
+        return layers.ReLU()(layers.BatchNormalization()(layers.Dense(4)(inputs)))
+
+    inputs = keras.Input((4,))
+    own = OwnCall(inputs, block(inputs))
+    model = _train_inside(keras.Model(inputs, block(own(inputs))), rng)
+    x = _input(model, rng, size=40)
+    close(_convert(model, x, epsilon_ratio=FIXED_SCALE)(x), model(x), 1e-3)  # a variance
+    with pytest.raises(ValueError, match=r"`model` must be .* of class OwnCall. .*model\.call"):
+        _convert(own)
+
+
+class WithoutConfig(keras.Model):
+    def __init__(self, units):
+        inputs = keras.Input((3,))
+        super().__init__(inputs, layers.Dense(units[0], name="inside")(inputs))
+
+
+def test_unchanged_models_keep_flags_or_become_plain_with_a_warning(rng):
+    inputs = keras.Input((3,))
+    for inner in (OfSizes(3, has_bn=False), WithoutConfig([4])):
+        inner.layers[1].trainable = False
+        model = keras.Model(inputs, layers.BatchNormalization()(inner(inputs)))
+        if isinstance(inner, OfSizes):
+            converted = _convert(model)
+        else:
+            with pytest.warns(UserWarning, match="of class WithoutConfig becomes a plain Functi"):
+                converted = _convert(model)
+        assert not converted.layers[1].layers[1].trainable
+
+
 def test_lost_model_class_is_named_and_unchanged_models_are_kept(rng, tmp_path):
     inputs = keras.Input((3,))
     same, changed = OfSizes(3, has_bn=False, name="same"), OfSizes(4, name="changed")

@@ -21,7 +21,9 @@ __all__ = ["ConversionReport", "Replacement", "replace_batch_normalization"]
 # Converted networks of all kinds are above this, and those that need a larger ratio are below.
 _GOOD_AGREEMENT = 0.8
 # What a class of models may have of its own, which a functional model has not.
-_OWN = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", "call")
+_OWN = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+# What `compile` and `fit` give to every model.
+_OF_TRAINING = ("history", "optimizer", "stop_evaluating", "stop_predicting", "stop_training")
 
 
 @overload
@@ -160,16 +162,17 @@ def _describe_rest(model: keras.Model, report: ConversionReport) -> Iterator[War
 
 
 def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
-    """Warnings about what a class of models had of its own and its copy has not."""
-    kinds: dict[Any, Any] = {}
+    """Warnings about what models had of their own, by class or as an attribute, and lack now."""
+    described: set[Any] = set()
     for old, new in pairs:
-        before, after = (getattr(x, "preprocessor", None) for x in (old, new))
-        has_more = before is not None and after is None
-        if has_more or not isinstance(new, type(old)):
-            kinds.setdefault(type(old), (old, new, ["preprocessor"] * has_more))
-    for kind, (old, new, own) in kinds.items():
-        own += [name for name in _OWN if getattr(kind, name, 0) is not getattr(type(new), name, 0)]
-        text = f"{old.name!r} of class {kind.__name__} becomes a plain {type(new).__name__}"
+        is_same = isinstance(new, type(old))
+        own = [x for x in _OWN if getattr(type(old), x, 0) is not getattr(type(new), x, 0)]
+        own += _list_lost_attributes(old, new)
+        if type(old) in described or (is_same and not own):
+            continue
+        described.add(type(old))
+        text = f"{old.name!r} of class {type(old).__name__} "
+        text += "is copied" if is_same else f"becomes a plain {type(new).__name__}"
         text += f", without its own {', '.join(own)}" if own else ""
         try:
             config = keras.saving.serialize_keras_object(pairs[0][1])
@@ -177,6 +180,19 @@ def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
         except (TypeError, ValueError) as error:
             text += f". It can be saved, but not loaded again: {error}"
         yield ArgumentWarning("model", f"{text}.")
+
+
+def _list_lost_attributes(old: keras.Model, new: keras.Model) -> list[str]:
+    """Public attributes that a model has beside those of every model, and its copy has not."""
+    inputs = keras.Input((1,))
+    known = {*vars(keras.Model(inputs, inputs)), *_OF_TRAINING}
+    own = {k: v for k, v in vars(old).items() if k not in known and not k.startswith("_")}
+    values = (bool, int, float, str)
+    return [
+        name
+        for name, value in own.items()
+        if name not in vars(new) or (isinstance(value, values) and value != vars(new)[name])
+    ]
 
 
 def _check_model(model: Any) -> None:

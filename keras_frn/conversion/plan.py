@@ -136,8 +136,9 @@ def _make_tlu(activation: Any, bn: Any) -> TLU:
     trainable = getattr(activation, "trainable", True)
     dtype = getattr(activation, "dtype_policy", bn.dtype_policy)
     axis = bn.axis - len(bn.get_build_config()["input_shape"]) if bn.axis > 0 else bn.axis
-    options = {"activity_regularizer": getattr(activation, "activity_regularizer", None)}
-    return TLU(axis, name=activation.name, trainable=trainable, dtype=dtype, **options)
+    tlu = TLU(axis, name=activation.name, trainable=trainable, dtype=dtype)
+    tlu.activity_regularizer = getattr(activation, "activity_regularizer", None)
+    return tlu
 
 
 def _is_relu(layer: Any) -> bool:
