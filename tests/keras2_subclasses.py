@@ -133,6 +133,31 @@ class Mixed(tf_keras.Model):
         return self.pair[1][1][0](self.pair[1][0](self.pair[0](x)))
 
 
+class Heads(tf_keras.Model):
+    """Layers of equal shapes in a dict, whose keys are not in the order of the alphabet."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = {"b": layers.Dense(3), "a": layers.Dense(3), "inner": {"d": layers.Dense(3)}}
+        self._layers_after = [layers.Dense(3)]
+
+    def call(self, x):
+        a, b = self.heads["a"](x), self.heads["b"](x)
+        return self._layers_after[0](self.heads["inner"]["d"](a - 2.0 * b))
+
+
+class Lost(tf_keras.Model):
+    """Two weights of one name, of which a checkpoint keeps one."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = self.add_weight("w", (3,), initializer="random_normal")
+        self.b = self.add_weight("w", (3,), initializer="random_normal")
+
+    def call(self, x):
+        return x * self.w + self.b
+
+
 tf_keras.utils.set_random_seed(0)
 x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype("float32")
 net, other, flat = Net(), Net(), Flat()
@@ -172,4 +197,23 @@ mixed.d_optimizer = tf_keras.optimizers.Adam()
 mixed.d_optimizer.build(mixed.trainable_variables)
 for name in ("mixed/ckpt", "mixed.h5", "mixed.weights.h5"):
     mixed.save_weights(name)
-np.savez("io.npz", mixed=mixed(x), x=x, net=net(x), other=other(x), flat=flat(x), both=expected)
+heads, lost = Heads(), Lost()
+others = {"heads": heads(x[:, 0, 0]), "lost": lost(x)}
+for name in ("heads/ckpt", "heads.h5", "heads.weights.h5"):
+    heads.save_weights(name)
+lost.save_weights("lost/ckpt")
+
+
+def branches(*names):
+    """Two convolutions of one shape, which the names alone tell apart."""
+    inputs = layers.Input((8, 8, 3))
+    found = [layers.Conv2D(3, 3, name=name)(inputs) for name in names]
+    return tf_keras.Model(inputs, layers.Subtract()(found))
+
+
+two = branches("a", "b")
+for name in ("two/ckpt", "two.h5"):
+    two.save_weights(name)
+np.savez(
+    "io.npz", **others, mixed=mixed(x), x=x, net=net(x), other=other(x), flat=flat(x), both=expected
+)

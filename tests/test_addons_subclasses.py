@@ -138,6 +138,58 @@ def test_own_weights_frozen_layers_lists_in_tuples_and_the_state_of_training(fol
     close(y, io["mixed"], 2e-5)
 
 
+class Heads(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.heads = {"b": layers.Dense(3), "a": layers.Dense(3), "inner": {"d": layers.Dense(3)}}
+        self._layers_after = [layers.Dense(3)]
+
+    def call(self, x):
+        a, b = self.heads["a"](x), self.heads["b"](x)
+        return self._layers_after[0](self.heads["inner"]["d"](a - 2.0 * b))
+
+
+@pytest.mark.each_backend
+@pytest.mark.parametrize("name", ["heads", "heads.weights.h5", "heads.h5"])
+def test_layers_of_equal_shapes_in_a_dict_are_not_confused(folder, name):
+    with np.load(folder / "io.npz") as io:
+        x, expected = io["x"][:, 0, 0], io["heads"]
+    model = Heads()
+    model(x)
+    load_addons_weights(model, folder / name)
+    close(numpy(model(x)), expected, 2e-5)
+
+
+class Lost(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.w = self.add_weight(name="w", shape=(3,))
+        self.b = self.add_weight(name="w", shape=(3,))
+
+    def call(self, x):
+        return x * self.w + self.b
+
+
+def test_one_array_is_not_taken_for_two_weights(folder):
+    with pytest.raises(ValueError, match=r"it holds one array for two weights: 'lost\S*/w'"):
+        load(folder, "lost", Lost())
+
+
+def two(*names):
+    inputs = keras.Input((8, 8, 3))
+    found = [layers.Conv2D(3, 3, name=name)(inputs) for name in names]
+    return keras.Model(inputs, layers.Subtract()(found))
+
+
+@pytest.mark.parametrize("names", ["ab", "ba", "bc", (None, None)])
+@pytest.mark.parametrize("name", ["two", "two.h5"])
+def test_layers_of_equal_shapes_in_another_order_are_reported(folder, name, names):
+    is_certain = names == "ab" or (name == "two" and names != "ba")  # which goes by order
+    told = pytest.warns(UserWarning, match=r"`path` numbers .*a/kernel.* \(3, 3, 3, 3\) -> ")
+    with contextlib.nullcontext() if is_certain else told:
+        load_addons_weights(two(*names), folder / name)
+
+
 def test_a_part_is_chosen_by_name_if_several_fit(folder):
     for part, expected in (("model", "net"), ("ema", "other")):
         y, io = load(folder, "manager", part=part)

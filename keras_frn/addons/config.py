@@ -16,15 +16,15 @@ from ..layers import TLU, FilterResponseNormalization
 from ..typing import Tensor
 from . import hard_sigmoid_of_keras2
 from .files import reading_errors
-from .operators import call_operator
+from .operators import BY_CODE, call_operator
 
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
 OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
 # What becomes of a TLU: the axes of its weights, and how many stored values share one.
 Thresholds: TypeAlias = tuple[int | tuple[int, ...], int]
-BY_CODE = "Build the model in code with keras_frn layers and call keras_frn.load_addons_weights"
 _WITH_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 _WITH_TABLE = ("StringLookup", "IntegerLookup", "TextVectorization")
+_RENAMED_CLASSES = {"SyncBatchNormalization": "BatchNormalization", "ThresholdedReLU": "ReLU"}
 _RENAMED = {
     ("InputLayer", "batch_input_shape"): "batch_shape",
     ("LeakyReLU", "alpha"): "negative_slope",
@@ -33,7 +33,7 @@ _RENAMED = {
 # Arguments that Keras 3 has not, and that do not change what is computed.
 _WITHOUT_EFFECT = frozenset(
     """batch_input_shape batch_size fn fused implementation input_length is_legacy_optimizer
-    jit_compile kernel_initializer key_shape query_shape trainable value_shape""".split()  # noqa: SIM905
+    jit_compile kernel_initializer key_shape query_shape rng_type trainable value_shape""".split()  # noqa: SIM905
 )
 
 
@@ -90,6 +90,8 @@ class Builder:
         # The .keras format has the name of the package apart.
         name = str(data.get("registered_name") or data["class_name"])
         kind, config = data["class_name"].rpartition(">")[2], data["config"]
+        if homes is LAYERS and "/" in str(config.get("name")):  # which Keras 3 refuses
+            config = {**config, "name": config["name"].replace("/", "_")}
         if name == "Addons>FilterResponseNormalization":
             return self._make_normalization(config)
         if name == "Addons>TLU":
@@ -106,7 +108,7 @@ class Builder:
             return keras.optimizers.LossScaleOptimizer(inner)
         if kind == "MeanMetricWrapper":
             kind = "".join(word.title() for word in config["fn"].split("_"))
-        known = "ReLU" if kind == "ThresholdedReLU" else kind
+        known = _RENAMED_CLASSES.get(kind, kind)
         cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
         if kind in _WITH_CODE:
             raise ValueError(f"holds code, which is never run from a file. {BY_CODE}")

@@ -12,7 +12,8 @@ from .. import graph
 from ..errors import ArgumentError, ArgumentWarning
 from ..typing import PathLike
 from . import files
-from .config import BY_CODE, OPTIMIZERS, Builder, Thresholds
+from .config import OPTIMIZERS, Builder, Thresholds
+from .operators import BY_CODE
 from .weights import Pair, explain_doubts, is_uniform, match
 
 __all__ = ["load_addons_model", "load_addons_weights"]

@@ -7,6 +7,7 @@ They are walked together. If a file has a list instead, or other names, arrays g
 import collections
 import dataclasses
 import itertools
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,8 +21,8 @@ from ..layers import TLU, FilterResponseNormalization
 from . import files
 
 Members = Mapping[int, list[Any]] | None  # as in `config.Builder`, if there is a config
-_ORDER = "its layers in another way, so they were taken in order: {}. Check an output, or give "
-_ORDER += "the layers the names that they have there."
+_ORDER = "its layers in another way, so an array may be another layer's: {}. Check an output, or "
+_ORDER += "give the layers the names and the order that they have there."
 _NESTED, _NUMBERED = f"nests {_ORDER}", f"numbers {_ORDER}"
 _FOREIGN = "has arrays of FRN layers that are not those of Addons, (1, 1, 1, channels): {}. Check "
 _FOREIGN += "an output: their names may mean something else."
@@ -101,7 +102,8 @@ def _list_layers(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], kera
     if isinstance(value, keras.Layer):
         yield path, value
     elif isinstance(value, (list, tuple, dict)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        # Keras 2 sorts what is in a dict.
+        for key, item in sorted(value.items()) if isinstance(value, dict) else enumerate(value):
             yield from _list_layers(item, *path, str(key))
 
 
@@ -112,13 +114,14 @@ def _read_layer(layer: keras.Layer, members: Members) -> Node:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
         modules = vars(layer).get("_modules", {})
         # Keras and TensorFlow list what is in attributes again, under such names.
-        again = ("_layers", "_modules", "_self_")
-        found = {k: v for k, v in (vars(layer) | modules).items() if not k.startswith(again)}
+        again = re.compile("_layers|_modules|_self_.*")
+        found = {k: v for k, v in (vars(layer) | modules).items() if not again.fullmatch(k)}
         if modules:
             order = [id(inner) for inner in layer._layers]
             places = {k: [order.index(id(v)) for _, v in _list_layers(found[k])] for k in found}
             found = {k: found[k] for k in sorted(found, key=places.__getitem__)}
-    inside = {path: _read_layer(inner, members) for path, inner in _list_layers(found)}
+    layers = itertools.chain.from_iterable(_list_layers(v, k) for k, v in found.items())
+    inside = {path: _read_layer(inner, members) for path, inner in layers}
     inner_weights = {id(w) for node in inside.values() for w in node.layer.weights}
     own = [w for w in layer.weights if id(w) not in inner_weights]
     if isinstance(layer, FilterResponseNormalization):
@@ -146,7 +149,12 @@ def _check_pairs(tree: Node, pairs: list[Pair], arrays: list[files.NamedArray]) 
     for pair in tree.list_pairs():
         if id(pair.weight) not in found:
             raise ValueError(f"it holds no array for {pair.weight.path!r}")
-    read = {id(pair.array) for pair in pairs}
+    read = {id(pair.array): pair for pair in pairs}
+    for pair in pairs:
+        other = read[id(pair.array)]
+        # A checkpoint of Keras 2 lacks one of two weights of a name.
+        if other.layer is pair.layer and other.weight is not pair.weight:
+            raise ValueError(f"it holds one array for two weights: {pair.weight.path!r}")
     unread = sorted(name for name, array in arrays if id(array) not in read)
     if unread:
         count = format_count(len(unread), "array")
@@ -177,6 +185,8 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             try:
                 if by_name:
                     pairs = _match_names(tree, stored, root)
+                    if stored.is_checkpoint and graph.is_graph(tree.layer) and _are_permuted(pairs):
+                        pairs = [dataclasses.replace(pair, doubt=_NUMBERED) for pair in pairs]
                 else:
                     pairs = _match_list(tree, weights, arrays, doubt)
                 _check_pairs(tree, pairs, arrays)
@@ -261,15 +271,18 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
             return _match_list(tree, pairs, arrays, doubt)
         count = format_count(len(lists), "layer")
         raise ValueError(f"it has {count} with weights, the model {len(layers)}")
-    if {layer.layer.name for layer in layers} == set(lists):
-        layers.sort(key=lambda layer: list(lists).index(layer.layer.name))
+    ours, theirs = [layer.layer.name for layer in layers], [str(name) for name in lists]
+    if set(ours) == set(theirs):
+        layers.sort(key=lambda layer: theirs.index(layer.layer.name))
+    is_certain = has_config or _is_same_order(ours, theirs) or not _are_alike(tree.list_pairs())
     found = _match_list(tree, tree.own, own) if own else []
     for layer, arrays in zip(layers, lists.values(), strict=True):
         pairs = sorted(layer.list_pairs(), key=lambda pair: not pair.weight.trainable)  # as Keras 2
         # Without a config nobody knows what was frozen, on which the order inside a model depends.
         is_model = isinstance(layer.layer, keras.Model) and not has_config
-        found += _match_list(layer, pairs, arrays, None if is_model and _are_alike(pairs) else "")
-    return found
+        doubt = None if is_model and _are_alike(pairs) else ""
+        found += _match_list(layer, pairs, arrays, doubt)
+    return found if is_certain else [dataclasses.replace(pair, doubt=_NUMBERED) for pair in found]
 
 
 def _match_list(
@@ -285,7 +298,9 @@ def _match_list(
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
         theirs.insert(0, (parents[-1] if parents else theirs[0][0] if theirs else "", name))
-    ways: list[tuple[Any, Any, str]] = [(ours, theirs, doubt or "")]
+    order = [[layer for layer, _ in keys] for keys in (ours, theirs)]
+    is_certain = doubt == "" or _is_same_order(*order, by_kind=True)
+    ways: list[tuple[Any, Any, str]] = [(ours, theirs, doubt or ("" if is_certain else _NUMBERED))]
     # Keras 3 has given some weights other names. If it has not, another order is a mistake.
     names, given = [name for _, name in ours], [name for _, name in theirs]
     if doubt is not None and (names == given or set(names) != set(given)):
@@ -311,6 +326,25 @@ def _rank(keys: list[tuple[str, str]]) -> list[tuple[str, int, str]]:
         numbers[kind].add(int(number or 0))
     ranks = {kind: {n: rank for rank, n in enumerate(sorted(numbers[kind]))} for kind in numbers}
     return [(kind, ranks[kind][int(number or 0)], name) for kind, number, name in parts]
+
+
+def _is_same_order(ours: list[str], theirs: list[str], by_kind: bool = False) -> bool:
+    """Whether layers have the same names in the same order, but for the numbers in them.
+
+    By kind, such as dense, of which others may come in between."""
+    # What Keras 2 called model, Keras 3 calls functional.
+    names = [[(re.sub("^functional", "model", name), "") for name in x] for x in (ours, theirs)]
+    first, second = (_rank([*dict.fromkeys(keys)]) for keys in names)
+    kind = operator.itemgetter(0)
+    return sorted(first, key=kind) == sorted(second, key=kind) if by_kind else first == second
+
+
+def _are_permuted(pairs: list[Pair]) -> bool:
+    """Whether layers that are alike have names of the file, but in another order."""
+    rows = {id(p.layer): (p.layer.name, p.source.split("/")[-2]) for p in pairs if "/" in p.source}
+    ours, theirs = ([row[i] for row in rows.values()] for i in (0, 1))
+    is_same_set = _is_same_order(sorted(ours), sorted(theirs))
+    return is_same_set and not _is_same_order(ours, theirs) and _are_alike(pairs)
 
 
 def _are_alike(pairs: list[Pair]) -> bool:
