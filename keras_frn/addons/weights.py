@@ -267,11 +267,10 @@ def _match_lists(tree: Node, lists: files.Lists, has_config: bool) -> list[Pair]
         arrays = [*own, *itertools.chain(*lists.values())]
         pairs = tree.list_pairs()
         if len(arrays) == len(pairs):
-            doubt = _NESTED if _are_alike(pairs) else ""
-            return _match_list(tree, pairs, arrays, doubt)
+            return _match_list(tree, pairs, arrays, _NESTED if _are_alike(pairs) else "")
         count = format_count(len(lists), "layer")
         raise ValueError(f"it has {count} with weights, the model {len(layers)}")
-    ours, theirs = [layer.layer.name for layer in layers], [str(name) for name in lists]
+    ours, theirs = [layer.layer.name for layer in layers], [*map(str, lists)]
     if set(ours) == set(theirs):
         layers.sort(key=lambda layer: theirs.index(layer.layer.name))
     is_certain = has_config or _is_same_order(ours, theirs) or not _are_alike(tree.list_pairs())
@@ -298,8 +297,8 @@ def _match_list(
         *parents, name = path.partition(":")[0].split("/")
         # Only a learned epsilon has no layer in its name. It comes before the gamma of its layer.
         theirs.insert(0, (parents[-1] if parents else theirs[0][0] if theirs else "", name))
-    order = [[layer for layer, _ in keys] for keys in (ours, theirs)]
-    is_certain = doubt == "" or _is_same_order(*order, by_kind=True)
+    kinds, kinds_there = [layer for layer, _ in ours], [layer for layer, _ in theirs]
+    is_certain = doubt == "" or _is_same_order(kinds, kinds_there, by_kind=True)
     ways: list[tuple[Any, Any, str]] = [(ours, theirs, doubt or ("" if is_certain else _NUMBERED))]
     # Keras 3 has given some weights other names. If it has not, another order is a mistake.
     names, given = [name for _, name in ours], [name for _, name in theirs]
