@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -143,6 +144,12 @@ class Samples:
         """The inputs of one batch after the other, as they are."""
         if callable(data):
             data = data()  # a generator function, as TFLite's guides write it
+        can_iterate = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+        if isinstance(data, (str, os.PathLike)) or not can_iterate:
+            raise self._error(
+                f"must be arrays, or an iterable of batches. Received: {data!r}. Pass what a file "
+                "holds, such as `numpy.load(path)`."
+            )
         if isinstance(data, tuple) and len(data) in (2, 3) and not self._is_one_per_input(data):
             data = [data]  # inputs, targets and weights, as Keras has them
         if isinstance(data, dict) or hasattr(data, "shape") or self._is_one_per_input(data):

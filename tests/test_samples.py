@@ -150,6 +150,11 @@ def test_no_data_means_no_samples(model):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
+        (
+            "images.npy",
+            r"`calibration_data` must be arrays, or .*Received: 'images.npy'.*numpy.load",
+        ),
+        (3, r"`calibration_data` must be arrays, or an iterable of batches. Received: 3"),
         (iter([]), r"`calibration_data` must hold at least one sample. Received: nothing"),
         (np.zeros((2, 5)), r"`calibration_data` must have the shape .*4.* Received: .*\(2, 5\)"),
         (
