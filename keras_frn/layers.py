@@ -554,9 +554,10 @@ def _check_flag(name: str, value: Any, *others: str | None) -> Any:
 def _check_epsilon(epsilon: Any, learned: bool) -> float | tuple[float, ...]:
     """A float or a tuple of floats."""
     try:
-        values = np.asarray(epsilon, "float64")
+        values = np.asarray(epsilon)
     except (TypeError, ValueError):
-        values = np.asarray(math.nan)
+        values = np.asarray(None)
+    values = values.astype("float64") if values.dtype.kind in "iuf" else np.asarray(math.nan)
     in_range = np.isfinite(values) & ((values >= 0) if learned else (values > 0))
     if values.ndim > 1 or values.size == 0 or not in_range.all():
         raise ValueError(
