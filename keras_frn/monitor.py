@@ -64,25 +64,24 @@ class FRNMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         if graph.is_built(self.model):
-            self._read_data()
+            self._read_samples()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if self._samples is None:
-            self._read_data()
+        self._read_samples()
 
-    def _read_data(self) -> None:
-        model = self.model
-        if not list_frn_layers(model):
-            raise ValueError(
-                f"`model` must have FRN or TLU layers. Received: model={model.name!r}. Leave "
-                "FRNMonitor out."
-            )
+    def _read_samples(self) -> Samples:
         if self._samples is None:  # a generator cannot be read again for another training
+            model = self.model
+            if not list_frn_layers(model):
+                raise ValueError(
+                    f"`model` must have FRN or TLU layers. Received: model={model.name!r}. Leave "
+                    "FRNMonitor out."
+                )
             self._samples = Samples(model, self._data, argument="data")
+        return self._samples
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        assert self._samples is not None
-        rows = measure_layers(self.model, self._samples)
+        rows = measure_layers(self.model, self._read_samples())
         self.records += [{"epoch": epoch, **row} for row in rows]
         if logs is None:
             return

@@ -189,6 +189,29 @@ def test_scheduler_counts_batches_with_steps_per_execution(number):
     assert _ratio(model) == _expected(16)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_scheduler_counts_batches_of_data_of_unknown_length():
+    model, x, y = _converted()
+    scheduler = EpsilonScheduler(**STEPS)
+    for _ in range(2):
+        batches = ((x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4))
+        model.fit(batches, verbose=0, shuffle=False, callbacks=[scheduler])
+    # On TensorFlow the last one that begins does not end, and is the first of the next training.
+    assert _ratio(model) == _expected(7 if BACKEND == "tensorflow" else 6)
+
+
+def test_callbacks_in_a_training_loop_of_the_user():
+    model, x, _ = _converted()
+    monitor = FRNMonitor(x)
+    callbacks = keras.callbacks.CallbackList([EpsilonScheduler(**STEPS), monitor], model=model)
+    for batch in range(3):
+        callbacks.on_train_batch_begin(batch)
+        callbacks.on_train_batch_end(batch)
+    callbacks.on_epoch_end(0, {})
+    assert _ratio(model) == _expected(3)
+    assert {row["layer"] for row in monitor.records} == {"inner", "single"}
+
+
 def test_scheduler_applies_to_frozen_layers():
     model, x, y = _converted()
     model.layers[0].trainable = False

@@ -73,7 +73,7 @@ class EpsilonScheduler(keras.callbacks.Callback):
         self.ratio: float | None = None
         self._layers: list[Any] = []
         self._begin = self._missed = 0
-        self._has_run = False
+        self._has_run = self._has_begun = False
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._layers, self._missed, self._has_run = [], 0, False
@@ -82,12 +82,15 @@ class EpsilonScheduler(keras.callbacks.Callback):
     # Before the batch, so that whatever saves after it saves what the batch was trained with.
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._begin = batch
-        self._advance(1)
+        # At the end of data of unknown length, TensorFlow's `fit` begins a batch that never ends.
+        if not self._has_begun:
+            self._advance(1)
+        self._has_begun = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # With `steps_per_execution` these are several batches, the last time fewer than Keras says.
-        self._has_run = True
-        last = min(batch, (self.params.get("steps") or batch + 1) - 1)
+        self._has_run, self._has_begun = True, False
+        last = min(batch, ((self.params or {}).get("steps") or batch + 1) - 1)
         if last > self._begin or self._missed:
             self._advance(last - self._begin)
 
