@@ -533,6 +533,15 @@ def test_subclassed_model_is_refused_with_a_remedy(rng):
     assert any(isinstance(x, FilterResponseNormalization) for x in converted.layers)
 
 
+@pytest.mark.parametrize("model", ["bn.keras", None, layers.BatchNormalization()])
+def test_what_is_no_model_is_refused_with_a_remedy(model):
+    match = (
+        r"^`model` must be a model of Keras 3\. Received: model=.* of class .*load_model` returns"
+    )
+    with pytest.raises(ValueError, match=match):
+        _convert(model)
+
+
 # What is not finite in a layer is unlike what the model was made for, too.
 @pytest.mark.filterwarnings("ignore:`calibration_data` is from")
 @pytest.mark.parametrize(
@@ -629,6 +638,24 @@ def test_composite_layers_are_converted(rng, tmp_path):
     loaded = keras.models.load_model(tmp_path / "frn.keras", custom_objects={"Block": None})
     np.testing.assert_array_equal(loaded(x), converted(x))
     assert any(isinstance(layer, layers.Dropout) for layer in loaded._flatten_layers())
+
+
+class UnnamedBlock(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = [layers.Dense(4), layers.Dense(4)]
+        self.rest = {"bn": layers.BatchNormalization(), "act": layers.ReLU()}
+
+    def call(self, x):
+        return self.rest["act"](self.rest["bn"](self.dense[1](self.dense[0](x))))
+
+
+def test_layers_inside_of_others_keep_their_names():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, UnnamedBlock(name="block")(inputs))
+    block = _convert(model).get_layer("block")
+    names = {layer.name for layer in model.get_layer("block")._flatten_layers(include_self=False)}
+    assert {layer.name for layer in block.layers[1:]} == names
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,9 @@ def replace_batch_normalization(
         A `keras.Model`, or with `return_report=True` a tuple `(model, report)`.
 
     Raises:
-        ValueError: If the model is not built, if it is subclassed and so has no graph of layers, if
-            an argument is out of its range, or if the data do not fit the model.
+        ValueError: If the model is not built, if it has no graph of layers or computes more than
+            that in a `call` of its own, if an argument is out of its range, or if the data do not
+            fit the model.
 
     Example:
 
@@ -196,6 +197,12 @@ def _list_lost_attributes(old: keras.Model, new: keras.Model) -> list[str]:
 
 
 def _check_model(model: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a model of Keras 3. Received: "
+            f"model={model!r} of class {type(model).__module__}.{type(model).__name__}. Pass what "
+            "`keras.models.load_model` returns."
+        )
     if not graph.is_graph(model):
         raise ValueError(
             "`model` must be a functional or Sequential model, whose graph of layers can be "

@@ -153,6 +153,8 @@ def _open(layer: keras.Layer, uses: list[Use]) -> keras.Model:
         copy = graph.copy_layer(layer)
         copy(make_input())  # builds it
         copy.set_weights(layer.get_weights())
+        for inside, inner_copy in zip(graph.list_layers(layer), graph.list_layers(copy)):
+            inner_copy.name = inside.name
         for options in [{"training": True}, {"training": False}, {}] if has_training else [{}]:
             inputs = make_input()
             traces.append(keras.Model(inputs, copy.call(inputs, **options), name=layer.name))
