@@ -27,6 +27,7 @@ __all__ = [
     "copy_layer",
     "copy_trainable",
     "copy_weights",
+    "has_inputs",
     "inputs_like",
     "is_built",
     "is_graph",
@@ -44,12 +45,14 @@ __all__ = [
 _NOT_MADE = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 
 
+def has_inputs(layer: Any) -> TypeGuard[keras.Model]:
+    """Whether a layer is a functional or Sequential model, whose inputs are known."""
+    return isinstance(layer, keras.Model) and isinstance(layer, (keras.Sequential, keras.Function))
+
+
 def is_graph(layer: Any) -> TypeGuard[keras.Model]:
     """Whether a layer is a model whose wiring is known, and is all that it computes."""
-    is_wired = isinstance(layer, keras.Model) and isinstance(
-        layer, (keras.Sequential, keras.Function)
-    )
-    return is_wired and _find_library(type(layer).call) == "keras"
+    return has_inputs(layer) and _find_library(type(layer).call) == "keras"
 
 
 def list_layers(layer: Any) -> list[keras.Layer]:

@@ -213,7 +213,7 @@ class Samples:
 
 def _nest_specs(model: keras.Model) -> Any:
     """What a model tells of its inputs, nested as it takes them; None if it tells nothing."""
-    if graph.is_graph(model):
+    if graph.has_inputs(model):
         return graph.inputs_like(model, model.inputs)
     shapes = (model.get_build_config() or {}).get("input_shape")
     # A subclass was built on the sizes of some data, and takes others.

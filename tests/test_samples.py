@@ -141,6 +141,17 @@ def test_fixed_batch_size_gets_full_batches(rng):
         np.testing.assert_array_equal(second[0], x[[4, 5, 4, 5]])
 
 
+class OwnCall(keras.Model):
+    def call(self, inputs):
+        return 2.0 * super().call(inputs)
+
+
+def test_a_model_with_its_own_call_tells_its_inputs(rng):
+    inputs = keras.Input((5, 4))
+    model = OwnCall(inputs, keras.layers.Dense(2)(inputs))
+    assert Samples(model, rng.normal(size=(6, 5, 4))).count == 6
+
+
 def test_no_data_means_no_samples(model):
     samples = Samples(model, None)
     assert samples.count == 0

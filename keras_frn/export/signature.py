@@ -17,7 +17,7 @@ def specs_of(model: keras.Model, input_signature: Sequence[Any] | None) -> list[
     for each positional argument. Sizes are those given, else the model's own, a fixed batch size
     included.
     """
-    if graph.is_graph(model):
+    if graph.has_inputs(model):
         own = [_spec(x.shape, x.dtype, x.name) for x in model.inputs]
         nested = [graph.inputs_like(model, own)]
     else:
