@@ -28,6 +28,7 @@ from .samples import Samples
 __all__ = ["main"]
 
 _MODEL, _NEW = "a .keras or .h5 file", "{} file to write"
+_DATA = "in .npy, or .npz by the names of the model's inputs"
 _QUIET = "TF_CPP_MIN_LOG_LEVEL=3 in the environment keeps most of TensorFlow's log lines away."
 
 
@@ -101,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 
     help = "list a model's FRN and TLU layers; with data, show dead channels and epsilons"
     inspect = add(_inspect, "inspect", help, {"calibration_data": "--data"}, model=_MODEL)
-    inspect.add_argument("--data", metavar="NPY", help="some tens of inputs like those of training")
+    inspect.add_argument(
+        "--data", metavar="FILE", help=f"some tens of inputs like those of training, {_DATA}"
+    )
     inspect.add_argument("--plot", metavar="PNG", help="draw what the data show")
 
     names = {
@@ -114,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     export = add(_export, "export", help, names, model=_MODEL, output=_NEW.format(".tflite"))
     presets = [name for name in PRESETS if name]
     export.add_argument("--quantization", choices=presets, help="default: float32")
-    export.add_argument("--calibration", metavar="NPY", help="inputs like those at inference")
+    export.add_argument(
+        "--calibration", metavar="FILE", help=f"inputs like those at inference, {_DATA}"
+    )
     export.add_argument("--integer-io", action="store_true", help="integer inputs and outputs")
     help = "a fixed size, such as 1,32,32,3, with the batch; once for each input"
     export.add_argument("--input-shape", type=_shape, action="append", metavar="N,...", help=help)
@@ -122,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     names = {"calibration_data": "--calibration", "epsilon_ratio": "--epsilon-ratio"}
     help = "turn a trained BatchNormalization model into an FRN model"
     convert = add(_convert, "convert", help, names, model=_MODEL, output=_NEW.format(".keras"))
-    convert.add_argument("--calibration", metavar="NPY", help="some hundreds of inputs, no labels")
+    convert.add_argument(
+        "--calibration", metavar="FILE", help=f"some hundreds of inputs, no labels, {_DATA}"
+    )
     help = "epsilon / mean square (default 3)"
     convert.add_argument("--epsilon-ratio", type=float, default=3.0, metavar="R", help=help)
 
@@ -141,15 +148,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "per_channel", "per_position", "per_channel_mean"],
         help="how to keep thresholds stored per position (default auto)",
     )
-    migrate.add_argument("--check", metavar="NPY", help="print the outputs for these inputs")
+    migrate.add_argument("--check", metavar="FILE", help="print the outputs for these inputs")
     return parser
 
 
 def _shape(text: str) -> tuple[int | None, ...]:
     try:
-        return tuple(None if size in ("", "None") else int(size) for size in text.split(","))
+        sizes = tuple(None if size in ("", "None") else int(size) for size in text.split(","))
+        if not all(size is None or size > 0 for size in sizes):
+            raise ValueError
+        return sizes
     except ValueError:
-        rule = "must be sizes with commas between, such as 1,32,32,3"
+        rule = "must be sizes of 1 or more, or None, with commas between, such as 1,32,32,3"
         raise argparse.ArgumentTypeError(f"{rule}. Received: {text}") from None
 
 
@@ -157,7 +167,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     plot = arguments.plot and _target(arguments.plot, ".png", overwrite=True, argument="--plot")
     if plot and not arguments.data:
         raise ArgumentError("--plot", "must have data to draw. Received: no `--data`. Pass it.")
-    model, data = _load(arguments.model), _array(arguments.data, "--data")
+    model = _load(arguments.model)
+    data = _read_data(arguments.data, "--data", model)
     if data is None:
         _print_layers(model)
         return
@@ -202,11 +213,12 @@ def _count_batch_normalizations(model: keras.Model) -> int:
 def _export(arguments: argparse.Namespace) -> None:
     shapes = arguments.input_shape
     output = _target(arguments.output, ".tflite", arguments.overwrite)
+    model = _load(arguments.model)
     report = export_tflite(
-        _load(arguments.model),
+        model,
         output,
         quantization=arguments.quantization,
-        calibration_data=_array(arguments.calibration, "--calibration"),
+        calibration_data=_read_data(arguments.calibration, "--calibration", model),
         integer_io=arguments.integer_io,
         verbose=True,
         input_signature=shapes and [keras.InputSpec(shape=shape) for shape in shapes],
@@ -217,7 +229,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     output = _target(arguments.output, ".keras", arguments.overwrite)
-    model, data = _load(arguments.model), _array(arguments.calibration, "--calibration")
+    model = _load(arguments.model)
+    data = _read_data(arguments.calibration, "--calibration", model)
     if not _count_batch_normalizations(model):
         problem = f"Received: {arguments.model}, which has none. Nothing was written."
         raise ArgumentError("model", f"must have BatchNormalization layers. {problem}")
@@ -237,9 +250,13 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _migrate(arguments: argparse.Namespace) -> None:
     output = _target(arguments.output, ".keras", arguments.overwrite)
-    inputs = _array(arguments.check, "--check")
-    _existing(arguments.model, "model")
+    for name, argument in ((arguments.model, "model"), (arguments.weights, "--weights")):
+        if name and not Path(f"{name}.index").exists():  # as a checkpoint has
+            _existing(name, argument)
+    if arguments.check:
+        _existing(arguments.check, "--check")
     model = load_addons_model(arguments.model, weights=arguments.weights, tau=arguments.tau)
+    inputs = _read_data(arguments.check, "--check", model)
     Samples(model, inputs)  # says what does not fit
     _print_layers(model)
     if inputs is not None:
@@ -296,6 +313,10 @@ def _load(name: str) -> keras.Model:
             # Keras' reason comes last; the advice and the config of the layer follow it.
             which = str(error).rpartition("Exception encountered: ")[2].partition(". ")[0]
             remedy = "A program that registers your own classes opens it"
+            if "Lambda" in which:
+                remedy = (
+                    "If you trust it, open it in Python with `safe_mode=False`, and go on there"
+                )
     raise ArgumentError("model", f"{rule}. Received: {path}, {which}. {remedy}.")
 
 
@@ -313,20 +334,31 @@ def _read_config(path: Path) -> str | None:
         return str(file.attrs.get("model_config", ""))
 
 
-def _array(name: str | None, option: str) -> np.ndarray[Any, Any] | None:
-    """The array in a .npy file, read as it is used; never a pickle."""
+def _read_data(name: str | None, option: str, model: keras.Model) -> Any:
+    """The array in a .npy file, read as it is used, or those of an .npz file; never a pickle."""
     if name is None:
         return None
     path = _existing(name, option)
+    inputs = [tensor.name for tensor in model.inputs] if graph.is_graph(model) else []
+    rule, remedy = "must be a .npy file of numbers", "Write one array with `numpy.save`."
+    if len(inputs) > 1:
+        rule = f"must be an .npz file of numbers with the arrays {', '.join(inputs)}"
+        remedy = "Write it with `numpy.savez`."
+    found = "which is a folder" if path.is_dir() else "which is not one"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        found = f"Received: {path}: {error}."
-        raise ArgumentError(option, f"must be a .npy file of numbers. {found}") from error
-    if isinstance(array, np.ndarray):
-        return array
-    found = f"Received: {path}, an .npz file of {', '.join(array.files)}."
-    raise ArgumentError(option, f"must be a .npy file. {found} Write one array with `numpy.save`.")
+        loaded = None if path.is_dir() else np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
+        if all(isinstance(a, np.ndarray) and a.dtype.kind in "biuf" for a in arrays.values()):
+            if len(arrays) == 1 and len(inputs) < 2:
+                return next(iter(arrays.values()))
+            if arrays.keys() == set(inputs):
+                return arrays
+            found = f"which has {', '.join(arrays)}" if len(arrays) > 1 else "which has one array"
+        elif isinstance(loaded, np.ndarray):
+            found = f"an array of {loaded.dtype}"
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        pass  # what is in it cannot be said
+    raise ArgumentError(option, f"{rule}. Received: {path}, {found}. {remedy}")
 
 
 def _existing(name: str, argument: str) -> Path:

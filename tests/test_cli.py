@@ -177,12 +177,18 @@ def test_existing_output_needs_overwrite(files):
 
 
 def test_file_of_the_wrong_kind_is_named(files, capsys):
-    np.savez(files / "x.npz", images=np.zeros(3))
+    np.savez(files / "x.npz", images=np.zeros(3), labels=np.zeros(3))
+    np.save(files / "text.npy", np.array(["a"]))
+    np.save(files / "complex.npy", np.zeros((9, 8, 8, 3), "complex64"))
+    (files / "images").mkdir()
     (files / "empty.npy").write_bytes(b"")
     (files / "x.txt").write_text("1 2 3")
     np.save(files / "objects.npy", np.array([{}]), allow_pickle=True)
     messages = {
-        "x.npz": "an .npz file of images",
+        "x.npz": "must be a .npy file of numbers. Received: {}, which has images, labels.",
+        "text.npy": "an array of <U1",
+        "complex.npy": "an array of complex64",
+        "images": "which is a folder",
         "empty.npy": "must be a .npy file of numbers",
         "x.txt": "must be a .npy file of numbers",
         "objects.npy": "must be a .npy file of numbers",
@@ -191,12 +197,46 @@ def test_file_of_the_wrong_kind_is_named(files, capsys):
     for name, message in messages.items():
         options = ("--calibration", files / name)
         assert run("convert", files / "bn.keras", files / "new.keras", *options) == 2
-        assert message in capsys.readouterr().err
+        assert message.format(files / name) in (printed := capsys.readouterr().err)
+        assert "pickle" not in printed
     (files / "text.keras").write_text("not a zip file")
     (files / "folder.keras").mkdir()
     for name in ("text.keras", "x.npz", "folder.keras"):
         assert run("inspect", files / name) == 2
         assert "`model` must be a .keras or .h5 file" in capsys.readouterr().err
+
+
+@pytest.mark.each_backend
+def test_data_of_several_inputs_are_arrays_of_their_names(files, capsys, rng):
+    image, meta = keras.Input((8, 8, 3), name="image"), keras.Input((4,), name="a_meta")
+    x = FilterResponseNormalizationTLU()(keras.layers.Conv2D(4, 3)(image))
+    x = keras.layers.Concatenate()([keras.layers.GlobalAveragePooling2D()(x), meta])
+    keras.Model([image, meta], keras.layers.Dense(2)(x)).save(files / "two.keras")
+    images = np.load(files / "x.npy")
+    np.savez(files / "two.npz", image=images, a_meta=rng.normal(size=(40, 4)))
+    np.savez(files / "one.npz", images=images)
+    assert run("inspect", files / "two.keras", "--data", files / "two.npz") == 0
+    assert "spread" in capsys.readouterr().out
+    assert run("inspect", files / "frn.keras", "--data", files / "one.npz") == 0
+    for name, found in (("x.npy", "has one array"), ("one.npz", "has one array")):
+        assert run("inspect", files / "two.keras", "--data", files / name) == 2
+        rule = "`--data` must be an .npz file of numbers with the arrays image, a_meta"
+        assert f"{rule}. Received: {files / name}, which {found}" in capsys.readouterr().err
+
+
+def test_migrate_says_which_of_its_two_files_is_wrong(tmp_path, capsys):
+    json, target = ADDONS / "frn_tlu" / "model.json", tmp_path / "new.keras"
+    messages = {
+        tmp_path / "none.h5": "must be a file",
+        ADDONS / "tlu_dense" / "model.h5": "must hold the weights of the model",
+        json: "must hold weights",
+    }
+    for path, message in messages.items():
+        assert run("migrate", json, target, "--weights", path) == 2
+        assert f"`--weights` {message}. Received: " in capsys.readouterr().err
+    assert run("migrate", ADDONS / "frn_tlu" / "ckpt" / "ckpt", target) == 2
+    assert "which has no config" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["inspect", "export", "convert", "migrate"])
@@ -291,9 +331,10 @@ def test_export_warning_is_not_repeated_in_the_report(files, capsys):
 
 
 def test_shape_option_refuses_a_size_that_is_not_a_number(files, capsys):
-    with pytest.raises(SystemExit):
-        run("export", files / "frn.keras", files / "m.tflite", "--input-shape", "1,8,x")
-    assert "--input-shape: must be sizes with commas between" in capsys.readouterr().err
+    for shape in ("1,8,x", "0,8,8,3"):
+        with pytest.raises(SystemExit):
+            run("export", files / "frn.keras", files / "m.tflite", "--input-shape", shape)
+        assert "--input-shape: must be sizes of 1 or more" in capsys.readouterr().err
 
 
 def test_messages_at_process_exit_are_visible():

@@ -63,9 +63,13 @@ def load_addons_model(
     ```
     """
     _check_tau(tau, _TAU, "Use 'auto' to lose nothing")
-    saved = files.read(path)
+    saved, source = files.read(path), (path, "path")
     if weights is not None:
-        saved.weights = files.read(weights, "weights").weights
+        source = (weights, "weights")
+        saved.weights = files.read(*source).weights
+        if not saved.weights:
+            found = f"Received: {os.fspath(weights)!r}, which has none"
+            raise ArgumentError("weights", f"must hold weights. {found}. Pass another file.")
     if saved.config is None or not saved.weights:
         missing = "config" if saved.config is None else "weights"
         raise ArgumentError(
@@ -76,7 +80,7 @@ def load_addons_model(
         )
     with keras.saving.custom_object_scope(custom_objects or {}):
         with files.explain_errors(path, "path", "must hold a model that Keras 3 can build"):
-            model, pairs = _build(saved, tau)
+            model, pairs = _build(saved, tau, source)
             _assign(pairs, tau)
         if compile and saved.training:
             _compile(model, saved.training)
@@ -138,16 +142,22 @@ def _check_tau(tau: object, choices: tuple[str, ...], remedy: str) -> None:
 
 
 def _build(
-    saved: files.Saved, tau: str, thresholds: Sequence[Thresholds] | None = None
+    saved: files.Saved,
+    tau: str,
+    source: tuple[PathLike, str],
+    thresholds: Sequence[Thresholds] | None = None,
 ) -> tuple[keras.Model, list[Pair]]:
+    """The model of a config, with the weights of a source: a file and the argument it came by."""
     builder = Builder(thresholds)
     model = builder.revive(saved.config)
     if not isinstance(model, keras.Model) or not model.built:
         problem = "its config is not that of a built Functional or Sequential model"
         raise ValueError(f"{problem}. {BY_CODE}")
-    pairs = match(model, builder.members, saved.weights)
+    with files.explain_errors(*source, "must hold the weights of the model"):
+        pairs = match(model, builder.members, saved.weights)
     if builder.tlus and thresholds is None:  # only the arrays tell whether positions differ
-        return _build(saved, tau, [_choose_thresholds(layer, pairs, tau) for layer in builder.tlus])
+        chosen = [_choose_thresholds(layer, pairs, tau) for layer in builder.tlus]
+        return _build(saved, tau, source, chosen)
     return model, pairs
 
 
