@@ -262,21 +262,54 @@ def test_tflite_micro_reads_the_weights_of_a_large_file(tmp_path):
     assert np.max(np.abs(steps)) <= 3
 
 
-@on_tensorflow
-@pytest.mark.parametrize(("preset", "integer_io"), VELA)
-def test_each_preset_in_vela(preset, integer_io, tmp_path):
-    pytest.importorskip("ethosu")
-    _, _, report = quantized(preset, tmp_path / "m.tflite", integer_io)
+def count_on_cpu(report, folder):
+    """How many operators Vela leaves on the CPU."""
     code = "from ethosu.vela.vela import main; main()"
-    command = [sys.executable, "-c", code, report.path, "--output-dir", str(tmp_path)]
+    command = [sys.executable, "-c", code, report.path, "--output-dir", str(folder)]
     done = subprocess.run(
         [*command, "--accelerator-config", "ethos-u55-128"],
         capture_output=True,
         text=True,
         check=True,
     )
-    (left,) = re.findall(r"CPU operators = (\d+) ", done.stdout)
-    assert int(left) == VELA[preset, integer_io]
+    return int(re.search(r"CPU operators = (\d+) ", done.stdout)[1])
+
+
+@on_tensorflow
+@pytest.mark.parametrize(("preset", "integer_io"), VELA)
+def test_each_preset_in_vela(preset, integer_io, tmp_path):
+    pytest.importorskip("ethosu")
+    _, _, report = quantized(preset, tmp_path / "m.tflite", integer_io)
+    assert count_on_cpu(report, tmp_path) == VELA[preset, integer_io]
+
+
+@on_tensorflow
+@pytest.mark.filterwarnings("ignore:.*different sample")
+@pytest.mark.parametrize("shape", [(6000, 2), (32, 32, 32, 1), (2, 80, 80, 1)])
+def test_large_means_run_on_the_npu(shape, tmp_path, rng):
+    """Of sequences and volumes, whose positions in one row would be too many for it."""
+    pytest.importorskip("ai_edge_quantizer", reason="of the [export] extra")
+    pytest.importorskip("ethosu")
+    layers = keras.layers
+    convolution = layers.Conv1D if len(shape) == 2 else layers.Conv3D
+    model = keras.Sequential(
+        [
+            keras.Input(shape),
+            convolution(4, 1),
+            keras_frn.FilterResponseNormalizationTLU(),
+            convolution(4, 1),
+        ]
+    )
+    report = keras_frn.export_tflite(
+        model,
+        tmp_path / "m.tflite",
+        quantization="int8",
+        calibration_data=rng.uniform(-1, 1, (2, *shape)).astype("float32"),
+        integer_io=True,
+        input_signature=[keras.InputSpec(shape=(1, *shape))],
+    )
+    assert count_on_cpu(report, tmp_path) == 0
+    assert report.max_error_fraction < 0.1, "a few steps of 8 bits"
 
 
 @on_tensorflow

@@ -25,6 +25,9 @@ __all__ = [
     "rank_of",
 ]
 
+# The most positions in a row or a column of which an Ethos-U takes the mean.
+_LONGEST = 4096
+
 _Function = Callable[[Tensor], Tensor]
 
 
@@ -80,28 +83,16 @@ class Activation:
     @classmethod
     def of(cls, source: Any) -> "Activation | None":
         """Both forms of a layer, an operation or a function that is such an activation, or None."""
-        kind = type(source)
-        if kind is layers.Activation:
+        if type(source) is layers.Activation:
             source = source.activation
-        named = (name for name in ("relu6", "hard_silu", "leaky_relu") if _is_named(source, name))
-        name = next(named, None)
-        if name == "hard_silu":
+        if _is_named(source, "hard_silu"):
             return cls(ops.hard_silu, lambda x: x * _clip_in_steps(x + 3.0, 6.0) / 6.0)
-        largest: Any = 6.0 if name == "relu6" else None
-        slope: Any = getattr(source, "negative_slope", 0.2) if name == "leaky_relu" else None
-        if kind is layers.ReLU and not source.threshold:
-            largest, slope = source.max_value, source.negative_slope or None
-        elif graph.is_operation(source, lambda x: ops.clip(x, 0, 6)) and not np.any(source.x_min):
-            largest = source.x_max if np.ndim(source.x_max) == 0 else None
-        elif kind is layers.LeakyReLU:
-            slope = source.negative_slope
-        elif kind is layers.PReLU:
-            slope = ops.convert_to_numpy(source.alpha).astype("float32")
-        if largest is not None and slope is None:
+        slope, largest = _read_rectifier(source)
+        if largest is not None:
             result = cls(lambda x: ops.clip(x, 0.0, largest), lambda x: _clip_in_steps(x, largest))
             result.is_clipped, result.is_fusible = True, largest == 6
             return result
-        if slope is None or largest is not None or np.any(slope > 1):
+        if slope is None or np.any(slope > 1):
             return None
 
         def rectify(x: Tensor) -> Tensor:
@@ -112,6 +103,27 @@ class Activation:
         result = cls(rectify, lambda x: ops.maximum(x, slope * x))
         result.is_homogeneous = True
         return result
+
+
+def _read_rectifier(source: Any) -> tuple[Any, Any]:
+    """A leaky ReLU's slope below zero and None, or None and the largest value of a ReLU that has one,
+    or None twice."""
+    kind = type(source)
+    if _is_named(source, "relu6"):
+        return None, 6.0
+    if _is_named(source, "leaky_relu"):
+        return getattr(source, "negative_slope", 0.2), None
+    if kind is layers.ReLU and not source.threshold:
+        slope, largest = source.negative_slope or None, source.max_value
+        return (None, None) if slope and largest is not None else (slope, largest)
+    if kind is layers.LeakyReLU:
+        return source.negative_slope, None
+    if kind is layers.PReLU:
+        return ops.convert_to_numpy(source.alpha).astype("float32"), None
+    is_clip = graph.is_operation(source, lambda x: ops.clip(x, 0, 6))
+    if is_clip and not np.any(source.x_min) and np.ndim(source.x_max) == 0:
+        return None, source.x_max
+    return None, None
 
 
 def _is_named(source: Any, name: str) -> bool:
@@ -374,7 +386,8 @@ class Normalization(layers.Layer):
             if self.rank < 5 or None in inputs.shape[1:] or not self.is_channels_last:
                 return self._normalize_in_steps(inputs)
             # TensorFlow's converter does not survive 16-bit volumes.
-            x = ops.reshape(inputs, (-1, 1, math.prod(inputs.shape[1:-1]), inputs.shape[-1]))
+            depth, *sizes, channels = inputs.shape[1:]
+            x = ops.reshape(inputs, (-1, depth, math.prod(sizes), channels))
             return ops.reshape(self._normalize_in_steps(x), (-1, *inputs.shape[1:]))
         options = {"axis": self.axis, "epsilon": self.epsilon.astype("float32"), "mask": mask}
         y = frn_ops.filter_response_normalization(inputs, self.gamma, self.beta, **options)
@@ -405,7 +418,14 @@ class Normalization(layers.Layer):
     def mean_square(self, x: Tensor) -> Tensor:
         """The mean square of an input per sample and channel, of the input's rank."""
         axes = [axis for axis in range(1, len(x.shape)) if axis != self.axis % len(x.shape)]
-        return ops.mean(x * x, axis=axes, keepdims=True) if axes else x * x
+        squares = x * x
+        sizes = [x.shape[axis] for axis in axes]
+        if None in sizes or max(sizes, default=0) <= _LONGEST or not self.is_channels_last:
+            return ops.mean(squares, axis=axes, keepdims=True) if axes else squares
+        positions = math.prod(sizes)
+        rows = next(n for n in range(math.isqrt(positions), 0, -1) if positions % n == 0)
+        squares = ops.reshape(squares, (-1, rows, positions // rows, x.shape[-1]))
+        return ops.reshape(ops.mean(squares, (1, 2)), (-1, *(1 for _ in sizes), x.shape[-1]))
 
     def align(self, value: Any, x: Tensor) -> Array:
         """A constant of the rank of `x`, as converters want it."""
