@@ -94,15 +94,16 @@ def build(network):
     return models
 
 
-def samples(model, count=64):
+def samples(model, count):
     return np.random.default_rng(1).normal(size=(count, *model.input_shape[1:])).astype("float32")
 
 
 def export(model, path, quantization, **options):
+    x = samples(model, 16 if len(model.input_shape) == 5 else 64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are about accuracy, and these weights are random
         return keras_frn.export_tflite(
-            model, path, quantization=quantization, calibration_data=samples(model), **options
+            model, path, quantization=quantization, calibration_data=x, **options
         )
 
 
@@ -110,7 +111,9 @@ def count(network, models, folder):
     """Rows about an int8 file."""
     for name, model in models.items():
         path = folder / "int8.tflite"
-        report = export(model, path, "int8")
+        # Compilers for NPUs need every size.
+        one = [keras.InputSpec(shape=(1, *model.input_shape[1:]), dtype="float32")]
+        report = export(model, path, "int8", input_signature=one)
         yield name, "int8 operators", sum(report.operators.values())
         yield name, "int8 operators in float", sum(report.in_float.values())
         yield name, "int8 pieces in XNNPACK", report.partitions

@@ -106,8 +106,8 @@ class Activation:
 
 
 def _read_rectifier(source: Any) -> tuple[Any, Any]:
-    """A leaky ReLU's slope below zero and None, or None and the largest value of a ReLU that has one,
-    or None twice."""
+    """The slope of a leaky ReLU below zero and None, None and the largest value of a ReLU that has
+    one, or None twice."""
     kind = type(source)
     if _is_named(source, "relu6"):
         return None, 6.0
