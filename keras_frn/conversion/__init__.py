@@ -186,7 +186,8 @@ def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
 def _list_lost_attributes(old: keras.Model, new: keras.Model) -> list[str]:
     """Public attributes that a model has beside those of every model, and its copy has not."""
     inputs = keras.Input((1,))
-    known = {*vars(keras.Model(inputs, inputs)), *_OF_TRAINING}
+    # Older versions of Keras refuse a model of nothing.
+    known = {*vars(keras.Model(inputs, keras.layers.Identity()(inputs))), *_OF_TRAINING}
     own = {k: v for k, v in vars(old).items() if k not in known and not k.startswith("_")}
     values = (bool, int, float, str)
     return [
