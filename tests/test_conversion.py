@@ -833,7 +833,7 @@ def test_model_classes_keep_what_else_they_are_made_of(rng, tmp_path):
     model.fit(x, x, verbose=0)
     model.class_names = ["a"]
     with pytest.warns(
-        UserWarning, match="of class OfMore is copied, without its own class_names\\.$"
+        UserWarning, match="of class OfMore is copied, without its own class_names\\."
     ):
         _convert(model)
 
