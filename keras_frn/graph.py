@@ -305,9 +305,8 @@ def copy(
     dtype in the place of that of an input. A class of models stays what it is if it is made of
     inputs and outputs, as `keras.Model` is, and of attributes without layers. If it is made of
     something else, a model in which nothing `changes` is copied by its config, if that is possible,
-    and another becomes a `keras.Model`. What has one in
-    `copies` is not copied again. Returns the copy, and a dict from each layer to its copy, outer
-    models first.
+    and another becomes a `keras.Model`. What has a copy in `copies` is not copied again. Returns
+    the copy, and a dict from each layer to its copy, outer models first.
     """
     copies = {} if copies is None else copies
 
@@ -374,6 +373,9 @@ def _holds_layers(value: Any) -> bool:
 
 def is_operation(layer: Any, function: Callable[[Tensor], Tensor]) -> bool:
     """Whether a step of a model is this function of `keras.ops`."""
+    # Only for operations: to call the function takes time, and counts in the names of later ones.
+    if isinstance(layer, keras.Layer) or not isinstance(layer, keras.Operation):
+        return False
     return type(layer) is type(function(keras.KerasTensor((None, 1)))._keras_history.operation)
 
 

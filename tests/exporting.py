@@ -1,5 +1,8 @@
 """Models and tolerances of the tests of the export."""
 
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -31,6 +34,14 @@ PRESETS = {
     "int8_float_statistics": 0.1,
     "int16x8": 0.03,
 }
+
+
+def run_vela(path, folder, accelerator="ethos-u55-128"):
+    """What Vela says of a file: how many operators run on the CPU, and how many on the NPU."""
+    code = "from ethosu.vela.vela import main; main()"
+    command = [sys.executable, "-c", code, str(path), "--output-dir", str(folder)]
+    command += ["--accelerator-config", accelerator]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def slow_cases(*cases):

@@ -103,17 +103,6 @@ class Both(keras.Model):
         return x
 
 
-@pytest.mark.each_backend
-@pytest.mark.parametrize("name", ["both", "both.weights.h5", "both.h5"])
-def test_layers_of_two_names_private_attributes_and_two_models(folder, name):
-    with np.load(folder / "io.npz") as io:
-        x, expected = io["x"][:, 0, 0], io["both"]
-    model = Both()
-    model(x)
-    load_addons_weights(model, folder / name)
-    close(numpy(model(x)), expected, 2e-5)
-
-
 class Mixed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -150,13 +139,15 @@ class Heads(keras.Model):
 
 
 @pytest.mark.each_backend
-@pytest.mark.parametrize("name", ["heads", "heads.weights.h5", "heads.h5"])
-def test_layers_of_equal_shapes_in_a_dict_are_not_confused(folder, name):
+@pytest.mark.parametrize("ending", ["", ".weights.h5", ".h5"])
+@pytest.mark.parametrize(("name", "build"), [("both", Both), ("heads", Heads)])
+def test_attributes_of_all_kinds_get_their_own_weights(folder, name, build, ending):
+    """Layers of two names, private attributes, two models, equal shapes in a dict."""
     with np.load(folder / "io.npz") as io:
-        x, expected = io["x"][:, 0, 0], io["heads"]
-    model = Heads()
+        x, expected = io["x"][:, 0, 0], io[name]
+    model = build()
     model(x)
-    load_addons_weights(model, folder / name)
+    load_addons_weights(model, folder / f"{name}{ending}")
     close(numpy(model(x)), expected, 2e-5)
 
 

@@ -11,7 +11,8 @@ from keras_frn.export.inference_form import InferenceCopy
 from keras_frn.layers import TLU, FilterResponseNormalization, read_epsilon
 
 pytestmark = pytest.mark.once
-is_old = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15)
+# What is not there in the oldest versions that are promised.
+IS_OLD = tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15)
 # With epsilon this many times the mean square, FRN is BatchNormalization's fixed scale: whatever
 # the structure, the converted model must then give what the original gives.
 FIXED_SCALE = 1e8
@@ -441,7 +442,7 @@ def test_regularizers_constraints_and_dtype_are_kept():
     assert (frn.compute_dtype, frn.axis) == ("float16", 1)
 
 
-@pytest.mark.skipif(is_old, reason="Keras takes no function there")
+@pytest.mark.skipif(IS_OLD, reason="Keras takes no function there")
 def test_a_function_as_a_regularizer_is_kept():
     bn = layers.BatchNormalization(beta_regularizer=lambda beta: keras.ops.sum(beta))
     converted = _convert(keras.Sequential([keras.Input((3, 9)), bn]))
@@ -825,7 +826,7 @@ def test_model_classes_keep_what_else_they_are_made_of(rng, tmp_path):
     converted = _convert(model)
     converted.save(tmp_path / "frn.keras")
     # An older Keras reads no class of this kind.
-    loaded = converted if is_old else keras.models.load_model(tmp_path / "frn.keras")
+    loaded = converted if IS_OLD else keras.models.load_model(tmp_path / "frn.keras")
     for copy in (converted, loaded):
         assert (type(copy), copy.factor, copy.get_layer("inner").factor) == (OfMore, 3.0, 2.0)
     x = rng.normal(size=(4, 3))

@@ -1,7 +1,6 @@
 """Exports beyond TensorFlow's own formats, and what a SavedModel can do after it is reloaded."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from backends import BACKEND
+from exporting import run_vela
 
 import keras_frn
 from keras_frn.export.presets import PRESETS
@@ -264,15 +264,8 @@ def test_tflite_micro_reads_the_weights_of_a_large_file(tmp_path):
 
 def count_on_cpu(report, folder):
     """How many operators Vela leaves on the CPU."""
-    code = "from ethosu.vela.vela import main; main()"
-    command = [sys.executable, "-c", code, report.path, "--output-dir", str(folder)]
-    done = subprocess.run(
-        [*command, "--accelerator-config", "ethos-u55-128"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(re.search(r"CPU operators = (\d+) ", done.stdout)[1])
+    (left,) = re.findall(r"CPU operators = (\d+) ", run_vela(report.path, folder))
+    return int(left)
 
 
 @on_tensorflow

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Literal, overload
 
 import keras
@@ -164,11 +164,14 @@ def _describe_rest(model: keras.Model, report: ConversionReport) -> Iterator[War
 
 def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
     """Warnings about what models had of their own, by class or as an attribute, and lack now."""
+    inputs = keras.Input((1,))
+    # Older versions of Keras refuse a model of nothing.
+    known = {*vars(keras.Model(inputs, keras.layers.Identity()(inputs))), *_OF_TRAINING}
     described: set[Any] = set()
     for old, new in pairs:
         is_same = isinstance(new, type(old))
         own = [x for x in _OWN if getattr(type(old), x, 0) is not getattr(type(new), x, 0)]
-        own += _list_lost_attributes(old, new)
+        own += _list_lost_attributes(old, new, known)
         if type(old) in described or (is_same and not own):
             continue
         described.add(type(old))
@@ -183,11 +186,8 @@ def _describe_losses(pairs: list[tuple[Any, Any]]) -> Iterator[Warning]:
         yield ArgumentWarning("model", f"{text}.")
 
 
-def _list_lost_attributes(old: keras.Model, new: keras.Model) -> list[str]:
-    """Public attributes that a model has beside those of every model, and its copy has not."""
-    inputs = keras.Input((1,))
-    # Older versions of Keras refuse a model of nothing.
-    known = {*vars(keras.Model(inputs, keras.layers.Identity()(inputs))), *_OF_TRAINING}
+def _list_lost_attributes(old: keras.Model, new: keras.Model, known: Container[str]) -> list[str]:
+    """Public attributes that a model has beside those known of every model, and its copy not."""
     own = {k: v for k, v in vars(old).items() if k not in known and not k.startswith("_")}
     values = (bool, int, float, str)
     return [

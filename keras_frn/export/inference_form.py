@@ -51,7 +51,8 @@ _CONVOLUTIONS = (layers.Dense, *list_classes("123", "ConvND"))
 _SEPARABLE = list_classes("12", "SeparableConvND")
 _DEPTHWISE = list_classes("12", "DepthwiseConvND")
 _TRANSPOSED = list_classes("123", "ConvNDTranspose")
-_WITH_ACTIVATION = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED, layers.EinsumDense)
+_SCALABLE = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED)
+_WITH_ACTIVATION = (*_SCALABLE, layers.EinsumDense)
 # Their operators take in an activation that follows.
 _FUSING = (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, layers.Add)
 # They map a scaled channel to their output, scaled alike.
@@ -298,7 +299,7 @@ def _is_homogeneous(activation: Any) -> bool:
 
 def _is_scalable(layer: keras.layers.Layer) -> bool:
     return (
-        isinstance(layer, (*_CONVOLUTIONS, *_SEPARABLE, *_DEPTHWISE, *_TRANSPOSED))
+        isinstance(layer, _SCALABLE)
         and _is_homogeneous(getattr(layer, "activation", None))
         and is_channels_last(layer)
         and not getattr(layer, "lora_enabled", False)
