@@ -5,7 +5,7 @@ import warnings
 
 try:
     import keras
-except ImportError as error:
+except (ImportError, ValueError) as error:  # a backend that is missing, or of no known name
     raise ImportError(
         "keras_frn needs Keras 3.13.2 or newer, and the backend that KERAS_BACKEND or Keras' own "
         f"config names. Received: {error}. Install it, or name another backend."

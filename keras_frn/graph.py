@@ -71,7 +71,14 @@ def check_built(model: Any) -> None:
     Raises:
         ArgumentError: about `model`.
     """
-    if not isinstance(model, keras.Model) or not model.built:
+    if not isinstance(model, keras.Model):
+        raise ArgumentError(
+            "model",
+            f"must be a model of Keras 3. Received: model={model!r} of class "
+            f"{type(model).__module__}.{type(model).__name__}. Pass what `keras.models.load_model` "
+            "returns.",
+        )
+    if not model.built:
         raise ArgumentError(
             "model",
             f"must be a built Keras model. Received: model={model!r}. Call it on data, or begin it "

@@ -7,6 +7,7 @@ pytest.importorskip("sklearn", reason="of the [demo] extra")
 pytest.importorskip("matplotlib", reason="of the [demo] extra")
 
 
+@pytest.mark.once
 def test_short_demo_writes_every_file(tmp_path, capsys):
     rows = demo.run(tmp_path / "new" / "folder", epochs=3)
     expected = {"trained model", ".keras, reloaded"}

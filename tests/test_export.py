@@ -268,7 +268,7 @@ def test_report_describes_the_file(tmp_path, rng, capsys):
     assert "equalized      0 of 1 normalization\n" in text
     assert "not first: it is fed by the model's input" in text
     assert "'dynamic' less" in text  # what the warning recommends
-    assert "no `calibration_data`" in str(export_tflite(model, tmp_path / "m.tflite"))
+    assert "no calibration data" in str(export_tflite(model, tmp_path / "m.tflite"))
 
 
 @pytest.mark.parametrize(

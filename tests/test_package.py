@@ -131,6 +131,11 @@ def test_import_loads_no_optional_packages():
             "UserWarning: TF_USE_LEGACY_KERAS is set, so",
         ),
         (
+            {"KERAS_BACKEND": "nonsense"},
+            "",
+            "ImportError: keras_frn needs Keras 3.13.2 or newer, and the backend",
+        ),
+        (
             {"KERAS_BACKEND": "jax"},
             "sys.modules['jax'] = None",
             "ImportError: keras_frn needs Keras 3.13.2 or newer, and the backend",

@@ -188,10 +188,16 @@ def test_inputs_of_different_lengths_are_refused(two_inputs):
         Samples(two_inputs, [np.zeros((2, 4)), np.zeros((3, 3), "int32")])
 
 
-def test_unbuilt_model_is_refused():
-    for model in (keras.Sequential([keras.layers.Dense(2)]), "model.keras"):
-        with pytest.raises(ValueError, match="`model` must be a built Keras model"):
-            Samples(model, np.zeros((2, 4)))
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (keras.Sequential([keras.layers.Dense(2)]), "`model` must be a built Keras model"),
+        ("model.keras", r"`model` must be a model of Keras 3\. Received: .* of class builtins.str"),
+    ],
+)
+def test_model_without_weights_is_refused(model, match):
+    with pytest.raises(ValueError, match=match):
+        Samples(model, np.zeros((2, 4)))
 
 
 def test_too_few_samples_warn(model, rng):

@@ -198,13 +198,7 @@ def _list_lost_attributes(old: keras.Model, new: keras.Model, known: Container[s
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, keras.Model):
-        raise ValueError(
-            "`model` must be a model of Keras 3. Received: "
-            f"model={model!r} of class {type(model).__module__}.{type(model).__name__}. Pass what "
-            "`keras.models.load_model` returns."
-        )
-    if not graph.is_graph(model):
+    if isinstance(model, keras.Model) and not graph.is_graph(model):
         raise ValueError(
             "`model` must be a functional or Sequential model, whose graph of layers can be "
             f"rewritten. Received: model={model!r} of class {type(model).__name__}. Make a "

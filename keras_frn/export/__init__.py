@@ -110,8 +110,7 @@ def export_tflite(
         raise ArgumentError(
             "calibration_data",
             f"must be given with the preset {quantization!r}. Received: None. "
-            "Pass inputs like those at inference, in their whole range of contrast: an array of "
-            "100 to 500 samples, a `tf.data.Dataset` or an iterable of batches.",
+            "Pass 100 to 500 samples like those at inference, in their whole range of contrast.",
         )
 
     def show(step: str) -> None:

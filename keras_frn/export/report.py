@@ -69,7 +69,7 @@ class ExportReport:
         if self.max_error is None:
             lines.append(
                 "difference     not known: the model does not run on random inputs. Pass "
-                "`calibration_data`"
+                "calibration data"
             )
         else:
             share = f"{self.max_error_fraction:.2%} of the output's range"
@@ -78,7 +78,7 @@ class ExportReport:
             )
         if self.agreement is not None:
             lines.append(f"same argmax    {self.agreement:.2%}")
-        seen = "random inputs, as no `calibration_data` was given"
+        seen = "random inputs, as no calibration data were given"
         if self.samples:
             ranges = (
                 f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()
