@@ -222,6 +222,16 @@ REFUSED = {
 }
 
 
+def test_layers_in_3d_of_unknown_sizes_are_told_to_fix_them(tmp_path, rng):
+    inputs = keras.Input((None, None, 8, 2))
+    model = keras.Model(inputs, layers.Conv3D(3, 3)(layers.MaxPooling3D()(inputs)))
+    with pytest.raises(ValueError, match=r"MaxPool3D of unknown sizes.*shape=\(1, 32, 32, 8, 2\)"):
+        export_tflite(model, tmp_path / "m.tflite")
+    signature = [keras.InputSpec(shape=(1, 32, 32, 8, 2))]
+    report = export_tflite(model, tmp_path / "m.tflite", input_signature=signature)
+    assert "MAX_POOL_2D" in report.operators
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_operator_is_named_in_a_short_error(name, tmp_path, rng):
     function, preset, message = REFUSED[name]
@@ -274,6 +284,7 @@ def test_report_describes_the_file(tmp_path, rng, capsys):
 @pytest.mark.parametrize(
     ("number", "lines"),
     [
+        (0, ["runs 0 of 0 operators in 0 pieces\n"]),
         (1, ["runs 1 of 1 operator in 1 piece\n", " 1 sample, ", " 0 of 1 normalization\n"]),
         (2, ["runs 2 of 2 operators in 2 pieces: ", " 2 samples, ", " 0 of 2 normalizations\n"]),
     ],

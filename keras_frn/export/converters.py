@@ -164,6 +164,12 @@ def _explain(error: Exception, inputs: Sequence[keras.InputSpec]) -> str:
             f"there is no integer form of {names}. 'int8_float_statistics' and 'dynamic' take "
             "more operators than 'int8' and 'int16x8'."
         )
+    if "3D" in names and None in inputs[0].shape[1:]:
+        fixed = f"[keras.InputSpec(shape={(1, *(size or 32 for size in inputs[0].shape[1:]))})]"
+        return (
+            f"LiteRT has no operator for {names} of unknown sizes. Fix the sizes, such as "
+            f"input_signature={fixed}: layers in 3D are then written in 2D."
+        )
     if names:
         return f"LiteRT has no operator for {names}. Replace the layer that needs it."
     return f"TensorFlow's converter says: {_shorten(error)}."

@@ -62,7 +62,7 @@ class ExportReport:
             f"operators      {count}: {list_counts(self.operators)}",
             f"XNNPACK        runs {self.delegated} of {format_count(count, 'operator')} in "
             + format_count(self.partitions, "piece")
-            + ("" if self.partitions == 1 else ": each one more costs time"),
+            + ("" if self.partitions < 2 else ": each one more costs time"),
         ]
         if self.quantization is not None:
             lines.append(f"in float       {list_counts(self.in_float) or 'none'}")
