@@ -53,11 +53,14 @@ class Pair:
             return rows[0]
         if tau == "per_channel_mean":
             return rows.mean(axis=0, dtype="float64").astype(array.dtype)
+        axes = tuple(range(1, 1 + array.ndim))
+        # Only into a model of the user does "auto" have one per channel to fill.
+        keep = f"write TLU(axis={axes}) in the model" if tau == "auto" else "pass 'per_position'"
         raise ArgumentError(
             "tau",
-            f"must be 'per_channel_mean' or 'per_position' for {self.weight.path!r}, of which the "
-            f"file has one value per position, and they differ. Received: {tau!r}, which keeps one "
-            "per channel. Average them, or keep them (in a model of your own, TLU(axis=...)).",
+            f"must be 'per_channel_mean' for {self.weight.path!r}, of which the file has one value "
+            f"per position, and they differ. Received: {tau!r}, which keeps one per channel. This "
+            f"averages them. To keep all, {keep}.",
         )
 
 
