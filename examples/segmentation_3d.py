@@ -58,7 +58,6 @@ def volumes(count, size, seed):
 
 A U-Net of three levels. FRN and TLU follow each convolution. The deepest maps of a 24x24x24 volume
 have 6x6x6 positions, enough for a mean. If they had one, they would need `learned_epsilon=True`.
-Convolutions of stride 2 downsample, as LiteRT has no 3D pooling.
 """
 
 
