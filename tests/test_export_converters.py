@@ -109,6 +109,15 @@ def test_layer_unknown_to_the_quantizer_falls_back_to_the_converter(tmp_path, rn
     assert "ai-edge-quantizer leaves LEAKY_RELU in float" in report.warnings[-1]
 
 
+def test_prelu_is_not_left_to_the_converter(tmp_path, rng):
+    """Its files take twice as long."""
+    model = stack(frn_tlu_layer(), layers.PReLU("glorot_uniform", shared_axes=[1, 2]))
+    path, x = tmp_path / "m.tflite", images(rng)
+    report = export_tflite(model, path, quantization="int8", calibration_data=x)
+    assert "PRELU" not in report.operators
+    assert not report.warnings
+
+
 @pytest.mark.parametrize(
     ("preset", "dtype"), [("int16x8", np.int16), ("int8_float_statistics", np.int8)]
 )

@@ -174,7 +174,7 @@ class InferenceCopy:
             activation = getattr(call.layer, "activation", None)
             if isinstance(activation, Activation):
                 is_fused = activation.is_fusible and self._fuses_activation(call)
-                activation.in_steps = not is_fused if activation.is_clipped else bits == 16
+                activation.in_steps = not is_fused and (bits == 16 or activation.wants_steps)
 
     def _fuses_activation(self, call: graph.Call) -> bool:
         """Whether the activation of a call becomes part of the operator before it."""
