@@ -337,7 +337,10 @@ DILATED = [
     (layers.SeparableConv1D(6, 3, 1, "same", dilation_rate=2, activation="relu"), (12, 4)),
     (layers.Conv3D(4, 3, padding="same", dilation_rate=2), (6, 7, 8, 2)),
 ]
-UNKNOWN_SIZES = [(layers.Conv2D(4, 3, padding="same", dilation_rate=(3, 2)), (None, None, 4))]
+UNKNOWN_SIZES = [
+    (layers.Conv2D(4, 3, padding="same", dilation_rate=(3, 2)), (None, None, 4)),
+    (layers.UpSampling2D((2, 3), interpolation="bilinear"), (None, None, 4)),
+]
 # TensorFlow's converter writes reshapes of other names, or sizes that are computed at run time.
 SEQUENCES = [
     (layers.Conv1D(4, 3, 2, activation="relu"), (12, 4)),
@@ -364,7 +367,7 @@ UPSAMPLING = [
 @pytest.mark.parametrize(
     "parts",
     [DILATED, UNKNOWN_SIZES, SEQUENCES, UPSAMPLING],
-    ids=["dilated", "dilated of unknown sizes", "sequences", "upsampling"],
+    ids=["dilated", "unknown sizes", "sequences", "upsampling"],
 )
 def test_operators_that_the_quantizer_lacks_are_written_in_others(parts, preset, tmp_path, rng):
     """Else TensorFlow's converter writes the file, by ranges without any headroom."""

@@ -329,7 +329,13 @@ class _UpSampling(layers.Layer):
 
     def call(self, inputs: Tensor) -> Tensor:
         is_nearest = getattr(self, "interpolation", "nearest") == "nearest"
-        if not is_nearest or None in inputs.shape[1:] or not is_channels_last(self):
+        is_known = None not in inputs.shape[1:]
+        if not is_nearest and not is_known and is_channels_last(self):
+            import tensorflow as tf
+
+            # Keras asks for the sizes in a way that cannot be traced.
+            return tf.image.resize(inputs, tf.shape(inputs)[1:3] * self.size, self.interpolation)
+        if not is_nearest or not is_known or not is_channels_last(self):
             return super().call(inputs)
         *sizes, channels = inputs.shape[1:]
         factors = [self.size] if isinstance(self.size, int) else list(self.size)
