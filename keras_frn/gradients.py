@@ -92,6 +92,8 @@ def _runs_in_tensorflow_kernels(x: Tensor) -> bool:
     # There is no public way to ask whether what is traced is for `jit_compile=True`.
     from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+    if isinstance(x, tf.RaggedTensor):
+        return False  # the gradients by hand are those of dense tensors
     is_graph = not tf.executing_eagerly()
     return not (is_graph and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()))
 

@@ -603,10 +603,12 @@ def _check_epsilon_fits(layer: Any, input_shape: Shape) -> None:
     if layer.use_learned_epsilon:
         return
     dtype = "float64" if layer.compute_dtype == "float64" else "float32"
-    if np.any(np.asarray(layer.epsilon, dtype) == 0):
+    # What XLA makes of a gradient has epsilon ** -1.5, which must not be infinite.
+    least = float(np.finfo(dtype).tiny) ** (2 / 3)
+    if np.min(layer.epsilon) < least:
         raise ValueError(
-            f"`epsilon` must be above 0 in {dtype}. Received: epsilon={layer.epsilon!r}, which "
-            "rounds to 0 there, so that a channel of zeros gives NaN. The paper uses 1e-6."
+            f"`epsilon` must be {least:.1e} or more in {dtype}. Received: epsilon={layer.epsilon!r}"
+            ", with which a channel of zeros gives NaN. The paper uses 1e-6."
         )
     spatial = [size for i, size in enumerate(input_shape) if i not in (0, channel)]
     has_small = not layer.initial_epsilon_ratio and np.min(layer.epsilon) < _START_OF_EPSILON

@@ -28,7 +28,8 @@ def filter_response_normalization(
     y   = gamma * x / sqrt(nu2 + epsilon) + beta
     ```
 
-    Half precision is computed in float32. Squares overflow float32 above `|x| = 1.8e19`.
+    Half precision is computed in float32, in which the sum of the squares of N positions overflows
+    above `|x| = 1.8e19 / sqrt(N)`.
 
     Args:
         x: Float or integer tensor of rank 2 or more: `(batch, *spatial, channels)` or, with
@@ -207,8 +208,10 @@ def cast(x: Tensor, dtype: str) -> Tensor:
 
 def _widen(x: Tensor, dtype: str | None) -> tuple[Tensor, str]:
     """x in the dtype to compute in, float32 or float64, and the dtype of the result."""
-    if not keras.backend.is_keras_tensor(x):
-        x = ops.convert_to_tensor(x)
+    if isinstance(x, keras.Variable):
+        x = x.value  # TensorFlow's custom gradients take no variables
+    elif not keras.backend.is_keras_tensor(x):
+        x = ops.convert_to_tensor(x, sparse=False)
     if dtype is None:
         dtype = keras.backend.standardize_dtype(x.dtype)
         dtype = dtype if keras.backend.is_float_dtype(dtype) else keras.config.floatx()

@@ -434,7 +434,7 @@ def test_an_argument_unknown_to_keras_3_is_refused_if_it_matters(tmp_path):
         load_addons_model(h5_with(tmp_path, change))
 
 
-@pytest.mark.parametrize(("given", "expected"), [(-1e-3, 1e-3), (0, 2.0**-126)])
+@pytest.mark.parametrize(("given", "expected"), [(-1e-3, 1e-3), (0, 1e-25), (1e-30, 1e-25)])
 def test_epsilon_becomes_positive(tmp_path, given, expected):
     def change(layers):
         our_layer(layers)["config"].update(epsilon=given, learned_epsilon=False)

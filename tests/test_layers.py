@@ -438,7 +438,7 @@ def test_single_position_with_a_tiny_epsilon_warns_once(cls):
         (lambda c: c(axis=-3).build((2, 5, 4)), r"axis=-3, shape=\(2, 5, 4\)"),
         (lambda c: c().build((2, 5, None)), r"known size along axis -1.*\(2, 5, None\)"),
         (lambda c: c(epsilon=[1e-6] * 3).build((2, 5, 4)), r"3 values for 4 channels"),
-        (lambda c: c(epsilon=1e-60).build((2, 5, 4)), r"above 0 in float32.*1e-60"),
+        (lambda c: c(epsilon=1e-26).build((2, 5, 4)), r"5.2e-26 or more in float32.*1e-26"),
         (lambda c: c()([np.zeros((2, 5, 4), "float32")]), r"one tensor.*\(\(2, 5, 4\),\)"),
         (lambda c: c().call(np.zeros((2, 5, 4), "float32")), r"must be built before `call`"),
         (lambda c: c()(np.zeros((2, 0, 4), "float32")), r"spatial position.*\(2, 0, 4\)"),
@@ -448,6 +448,14 @@ def test_single_position_with_a_tiny_epsilon_warns_once(cls):
 def test_frn_errors(cls, make, message):
     with pytest.raises(ValueError, match=message):
         make(cls)
+
+
+@pytest.mark.parametrize("cls", FRN_LAYERS)
+def test_zeros_have_finite_gradients_at_the_least_epsilon(cls):
+    layer, x = cls(epsilon=6e-26), np.zeros((2, 5, 4), "float32")
+    layer.build(x.shape)
+    z, found = layer_gradients(layer, x, np.ones_like(x))
+    assert all(np.isfinite(array).all() for array in (z, *found.values()))
 
 
 @pytest.mark.parametrize(

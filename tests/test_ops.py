@@ -239,6 +239,50 @@ def test_integers_become_float(dtype, rng):
     close(numpy(tlu(x, np.zeros(3, "float32"))), x.astype("float64"), 0)
 
 
+def test_sparse_input_becomes_dense(rng):
+    x = rng.normal(size=(4, 6)).astype("float32") * (rng.random((4, 6)) > 0.5)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        sparse = tf.sparse.from_dense(x)
+    elif BACKEND == "jax":
+        from jax.experimental.sparse import BCOO
+
+        sparse = BCOO.fromdense(x)
+    else:
+        pytest.skip("Keras has none on PyTorch")
+    close(numpy(frn_tlu_op(sparse, epsilon=0.1)), frn_tlu(x, tau=0.0, epsilon=0.1), VALUE)
+    close(numpy(tlu(sparse, 0.5)), np.maximum(x, 0.5), 0)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="on JAX a gradient is that of an array")
+def test_gradient_of_a_keras_variable(rng):
+    import tensorflow as tf
+
+    x = rng.normal(size=(2, 5, 3)).astype("float32")
+    variable = keras.Variable(x)
+    with tf.GradientTape() as tape:
+        z = frn_tlu_op(variable)
+    expected, gradients = frn_tlu(x, tau=0.0, upstream=np.ones_like(x))
+    close(z, expected, VALUE)
+    close(tape.gradient(z, variable.value), gradients["x"], INPUT_GRADIENT)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the only backend with ragged tensors")
+def test_ragged_input_is_normalized_over_its_own_length(rng):
+    import tensorflow as tf
+
+    rows = [rng.normal(size=(1, size, 3)).astype("float32") for size in (2, 5)]
+    values = tf.constant(np.concatenate(rows, 1)[0])
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        z = frn_tlu_op(tf.RaggedTensor.from_row_lengths(values, [2, 5]))
+    expected = [frn_tlu(x, tau=0.0, upstream=np.ones_like(x)) for x in rows]
+    close(z.flat_values, np.concatenate([z[0] for z, _ in expected]), VALUE)
+    found = tape.gradient(z.flat_values, values)
+    close(found, np.concatenate([g["x"][0] for _, g in expected]), INPUT_GRADIENT)
+
+
 def test_zeros_and_tiny_numbers_have_finite_gradients():
     for x in (np.zeros((2, 4, 4, 3)), np.full((2, 4, 4, 3), 1e-30), np.full((2, 4, 4, 3), 1e-22)):
         x = x.astype("float32")

@@ -145,8 +145,8 @@ class Builder:
     def _make_normalization(self, config: dict[str, Any]) -> FilterResponseNormalization:
         if config["axis"] != [1, 2]:
             raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
-        tiny = float(np.finfo("float32").tiny)  # instead of 0, which gave NaN for zeros
-        epsilon = abs(config["epsilon"]) or (0 if config["learned_epsilon"] else tiny)
+        # Not 0 or so, which gave NaN for zeros.
+        epsilon = max(abs(config["epsilon"]), 0 if config["learned_epsilon"] else 1e-25)
         config = {**config, "axis": -1, "epsilon": epsilon}
         for key in ("gamma_constraint", "beta_constraint"):
             config[key] = _adapt_constraint(config.get(key))
