@@ -69,7 +69,8 @@ class ZeroMean(keras.constraints.Constraint):
             raise ValueError(
                 "`axis` must name axes of the kernel that have more than one weight together and "
                 f"leave one for the filters. Received: axis={self.axis} for a kernel of shape "
-                f"{shape}. Use (0, 1) for `DepthwiseConv2D`, and none if a filter is one weight."
+                f"{shape}. Use (0, 1) for `DepthwiseConv2D`, and no constraint if a filter is one "
+                "weight."
             )
         dtype = keras.backend.standardize_dtype(value.dtype)
         # Half precision is computed in float32. A sum, as `ops.mean` is float32 on JAX.
