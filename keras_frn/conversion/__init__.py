@@ -82,7 +82,7 @@ def replace_batch_normalization(
 
     Args:
         model: A built functional or Sequential model. Nested models and shared layers are followed.
-        calibration_data: Inputs like those at inference, without labels; 100 to 1000 samples are
+        calibration_data: Inputs like those at inference, without labels; 200 to 1000 samples are
             enough, and at most 2048 are used. An array, a list or dict of arrays for several
             inputs, a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable of batches, each
             the inputs or `(inputs, targets)`. An array is read batch by batch, so that a memory map
