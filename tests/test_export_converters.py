@@ -179,7 +179,7 @@ def test_recurrent_layers_convert_with_a_fixed_batch(layer_class, tmp_path):
 
 def test_advice_for_recurrent_layers_works(tmp_path, rng):
     x, path = images(rng, 16, (5, 4)), tmp_path / "m.tflite"
-    with pytest.raises(ValueError, match=r"fixed batch, such as .*shape=\(1, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"fix the batch size .*Pass .*\(1, 5, 4\)"):
         export_tflite(recurrent(layers.GRU), path, quantization=None, calibration_data=x)
     fixed = [keras.InputSpec(shape=(1, 5, 4))]
     with pytest.raises(ValueError, match=r"no integer form.*unroll=True"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from ..errors import ArgumentError
 from ..samples import Samples
 from .biases import correct_biases
 from .presets import PRESETS, Scheme
@@ -47,6 +48,7 @@ def convert(
     Raises:
         ConversionError: if TensorFlow cannot trace the model, or if the converter or the quantizer
             refuses it.
+        ArgumentError: about `input_signature`, if sizes must be fixed.
         LiteRTError: if LiteRT cannot run the float file, on which ranges are measured.
         OSError: if the temporary folder cannot be written.
     """
@@ -145,34 +147,38 @@ def _by_converter(
         try:
             content = bytes(converter.convert())
         except (ConverterError, RuntimeError, ValueError) as error:
-            raise ConversionError(_explain(error, inputs)) from error
+            raise _explain(error, inputs) from error
     return simplify(content)
 
 
-def _explain(error: Exception, inputs: Sequence[keras.InputSpec]) -> str:
-    """The converter's reason and what helps, in place of what may be pages of MLIR."""
+def _explain(error: Exception, inputs: Sequence[keras.InputSpec]) -> Exception:
+    """An error of the converter's reason and what helps, in place of what may be pages of MLIR."""
     found = sorted(set(re.findall(r"(?:'tf\.|for op: ')(\w+)'", str(error))))
-    names = ", ".join(found)
-    if "TensorList" in names and inputs[0].shape[0] is None:
-        fixed = f"[keras.InputSpec(shape={(1, *inputs[0].shape[1:])})]"
-        return (
-            f"LiteRT has no loop with an unknown batch size ({names}). Recurrent layers need a "
-            f"fixed batch, such as input_signature={fixed}."
-        )
+    names, shapes = ", ".join(found), [x.shape for x in inputs]
+    if "TensorList" in names and shapes[0][0] is None:
+        problem = f"must fix the batch size of recurrent layers, as LiteRT has no {names}"
+        return _refuse_signature(problem, shapes, [(1, *shape[1:]) for shape in shapes])
     if "not yet supported for op" in str(error):
-        return (
+        return ConversionError(
             f"there is no integer form of {names}. 'int8_float_statistics' and 'dynamic' take "
             "more operators than 'int8' and 'int16x8'."
         )
-    if "3D" in names and None in inputs[0].shape[1:]:
-        fixed = f"[keras.InputSpec(shape={(1, *(size or 32 for size in inputs[0].shape[1:]))})]"
-        return (
-            f"LiteRT has no operator for {names} of unknown sizes. Fix the sizes, such as "
-            f"input_signature={fixed}: layers in 3D are then written in 2D."
-        )
+    if "3D" in names and None in shapes[0][1:]:
+        # Layers in 3D are then written in 2D.
+        problem = f"must fix the sizes of layers in 3D, as LiteRT has no {names}"
+        fixed = [(1, *(size or 32 for size in shape[1:])) for shape in shapes]
+        return _refuse_signature(problem, shapes, fixed)
     if names:
-        return f"LiteRT has no operator for {names}. Replace the layer that needs it."
-    return f"TensorFlow's converter says: {_shorten(error)}."
+        return ConversionError(
+            f"LiteRT has no operator for {names}. Replace the layer that needs it."
+        )
+    return ConversionError(f"TensorFlow's converter says: {_shorten(error)}.")
+
+
+def _refuse_signature(problem: str, shapes: list[Any], fixed: list[Any]) -> ArgumentError:
+    received, remedy = (", ".join(map(str, x)) for x in (shapes, fixed))
+    text = f"{problem}. Received: {received}. Pass shapes such as {remedy}."
+    return ArgumentError("input_signature", text)
 
 
 def _shorten(error: Exception) -> str:
