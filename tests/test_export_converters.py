@@ -109,13 +109,36 @@ def test_layer_unknown_to_the_quantizer_falls_back_to_the_converter(tmp_path, rn
     assert "ai-edge-quantizer leaves LEAKY_RELU in float" in report.warnings[-1]
 
 
-def test_prelu_is_not_left_to_the_converter(tmp_path, rng):
-    """Its files take twice as long."""
-    model = stack(frn_tlu_layer(), layers.PReLU("glorot_uniform", shared_axes=[1, 2]))
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.PReLU("glorot_uniform", shared_axes=[1, 2]),
+        layers.ELU(0.7),
+        layers.Activation("selu"),
+        layers.Activation("mish"),
+    ],
+    ids=lambda layer: layer.name,
+)
+def test_activations_that_the_quantizer_lacks_are_written_in_others(layer, tmp_path, rng):
+    """The converter's files take twice as long, leave ELU in float, or give chance for mish."""
+    model = stack(frn_tlu_layer(), type(layer).from_config(layer.get_config()))
     path, x = tmp_path / "m.tflite", images(rng)
     report = export_tflite(model, path, quantization="int8", calibration_data=x)
-    assert "PRELU" not in report.operators
     assert not report.warnings
+    assert not report.in_float
+    close(LiteRT(path)(x)[0], model.predict(x, verbose=0), PRESETS["int8"])
+
+
+@pytest.mark.parametrize("preset", [None, "int8", "int16x8"])
+@pytest.mark.parametrize("name", ["softplus", "log_sigmoid"])
+def test_large_numbers_do_not_overflow_in_a_softplus(name, preset, tmp_path):
+    """The converter's own takes exp(x), which is infinite at 89."""
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, getattr(keras.ops, name)(inputs))
+    x = np.linspace(-120, 120, 384, dtype="float32").reshape(64, 6)
+    path = tmp_path / "m.tflite"
+    export_tflite(model, path, quantization=preset, calibration_data=x)
+    close(LiteRT(path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,9 @@ def test_activations_leave_16_bits_their_headroom(tmp_path, rng):
         layers.ReLU(1.0)(x),
         layers.Activation("leaky_relu")(x),
         layers.Activation("hard_swish")(x),
+        layers.Activation("mish")(x),
+        layers.ELU(0.7)(x),
+        keras.ops.selu(x),
         keras.ops.leaky_relu(x, 0.1),
         keras.ops.hard_silu(x),
         keras.activations.relu6(x),
@@ -123,7 +126,7 @@ def test_activations_leave_16_bits_their_headroom(tmp_path, rng):
     model = keras.Model(inputs, layers.Dense(4)(x))
     x = images(rng, 20)
     report = export_tflite(model, tmp_path / "m.tflite", quantization="int16x8", calibration_data=x)
-    kinds = {"LEAKY_RELU", "PRELU", "HARD_SWISH", "RELU6", "MINIMUM"}
+    kinds = {"LEAKY_RELU", "PRELU", "HARD_SWISH", "RELU6", "MINIMUM", "ELU", "EXP"}
     assert not kinds & set(report.operators)
     assert not report.warnings, "such as one that TensorFlow's converter wrote the file"
     assert report.max_error_fraction < 0.01, "of 8-bit weights"

@@ -28,6 +28,9 @@ __all__ = [
 # The most positions in a row or a column of which an Ethos-U takes the mean.
 _LONGEST = 4096
 
+# The scale of SELU, and its alpha.
+_SELU = 1.0507009873554805, 1.6732632423543772
+
 _Function = Callable[[Tensor], Tensor]
 
 
@@ -66,7 +69,8 @@ class Activation:
     no headroom in 16 bits. HARD_SWISH has no 16 bits at all. TensorFlow Lite Micro computes a RELU6
     in the scale of its input, without an error, unless the operator before it takes it in. In 8
     bits a network with PRELU takes twice as long as with steps, and its error is a little larger.
-    With LEAKY_RELU the errors are alike, and steps are twice as many pieces for XNNPACK.
+    With LEAKY_RELU the errors are alike, and steps are twice as many pieces for XNNPACK. ELU has no
+    integers. Of an EXP whose results reach from 0 to thousands they keep nothing.
 
     Attributes:
         wants_steps: Whether 8 bits want it in steps, too.
@@ -74,10 +78,12 @@ class Activation:
         is_homogeneous: Whether f(k * x) = k * f(x) for k > 0.
     """
 
-    in_steps = wants_steps = is_fusible = is_homogeneous = False
+    in_steps = is_fusible = is_homogeneous = False
 
-    def __init__(self, function: _Function, steps: _Function) -> None:
-        self.function, self.steps = function, steps
+    def __init__(
+        self, function: _Function, steps: _Function | None = None, wants_steps: bool = False
+    ) -> None:
+        self.function, self.steps, self.wants_steps = function, steps or function, wants_steps
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.steps(inputs) if self.in_steps else self.function(inputs)
@@ -89,6 +95,17 @@ class Activation:
             source = source.activation
         if _is_named(source, "hard_silu"):
             return cls(ops.hard_silu, lambda x: x * _clip_in_steps(x + 3.0, 6.0) / 6.0)
+        if _is_named(source, "softplus"):
+            return cls(_softplus)
+        if _is_named(source, "log_sigmoid"):
+            return cls(lambda x: x - _softplus(x))
+        if _is_named(source, "mish"):
+            return cls(source, _mish_in_steps, wants_steps=True)
+        if _is_named(source, "selu"):
+            return cls(ops.selu, lambda x: _SELU[0] * _elu_in_steps(x, _SELU[1]), wants_steps=True)
+        if type(source) is layers.ELU or _is_named(source, "elu"):
+            alpha = getattr(source, "alpha", 1.0)
+            return cls(lambda x: ops.elu(x, alpha), lambda x: _elu_in_steps(x, alpha), True)
         slope, largest = _read_rectifier(source)
         if largest is not None:
             result = cls(lambda x: ops.clip(x, 0.0, largest), lambda x: _clip_in_steps(x, largest))
@@ -130,12 +147,32 @@ def _read_rectifier(source: Any) -> tuple[Any, Any]:
 
 def _is_named(source: Any, name: str) -> bool:
     """Whether it is the function or the operation of this name."""
+    operation = getattr(ops, name, None)
     is_function = source is getattr(keras.activations, name)
-    return is_function or graph.is_operation(source, getattr(ops, name))
+    return is_function or (operation is not None and graph.is_operation(source, operation))
 
 
 def _clip_in_steps(x: Tensor, largest: float) -> Tensor:
     return largest - ops.relu(largest - ops.relu(x))
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # The converter's own is log(1 + exp(x)), which is infinite above 88.
+    return ops.relu(x) - ops.log(ops.sigmoid(ops.abs(x)))
+
+
+def _mish_in_steps(x: Tensor) -> Tensor:
+    """`x * tanh(softplus(x))`, as tanh(-log(q)) is (1 - q^2) / (1 + q^2)."""
+    q = ops.sigmoid(-1.0 * x)
+    root = ops.rsqrt(1.0 + q * q)
+    return x * (2.0 * (root * root) - 1.0)
+
+
+def _elu_in_steps(x: Tensor, alpha: float) -> Tensor:
+    """`max(x, 0) + alpha * (exp(min(x, 0)) - 1)`."""
+    positive = ops.relu(x)
+    root = ops.rsqrt(ops.sigmoid(positive - x))  # root^2 is 1 + exp(min(x, 0))
+    return positive + alpha * (root * root - 2.0)
 
 
 class ActivationLayer(layers.Layer):
