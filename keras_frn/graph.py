@@ -56,8 +56,22 @@ def is_graph(layer: Any) -> TypeGuard[keras.Model]:
 
 
 def list_layers(layer: Any) -> list[keras.Layer]:
-    """Lists every layer in a model or layer once, at any depth. An operation has none."""
-    return list(layer._flatten_layers(include_self=False)) if isinstance(layer, keras.Layer) else []
+    """Lists every layer in a model or layer once, at any depth, each before what is inside of it.
+
+    An operation has none.
+    """
+    found: dict[keras.Layer, None] = {}
+
+    def visit(outer: Any) -> None:
+        # Not recursively, as Keras lists what is inside from back to front.
+        for inner in outer._flatten_layers(include_self=False, recursive=False):
+            if inner not in found:
+                found[inner] = None
+                visit(inner)
+
+    if isinstance(layer, keras.Layer):
+        visit(layer)
+    return list(found)
 
 
 def is_built(model: keras.Layer) -> bool:
@@ -95,13 +109,26 @@ def replace_call(layer: keras.Layer, call: Callable[..., Any]) -> None:
 def watch_calls(
     layers: Iterable[keras.Layer], watch: Callable[[Any, Tensor, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """While it lasts, each eager call of these layers ends in `watch(layer, x, outputs, mask)`."""
+    """While it lasts, each eager call of these layers ends in `watch(layer, x, outputs, mask)`.
+
+    What JAX traces, as in a scan or under rematerialization, is watched at the end.
+    """
+    late: list[tuple[Any, ...]] = []
 
     def watching(layer: keras.Layer, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watched_call(x: Tensor, *args: Any, mask: Tensor = None, **kwargs: Any) -> Any:
-            options = kwargs if mask is None else {**kwargs, "mask": mask}
-            outputs = call(x, *args, **options)
-            watch(layer, x, outputs, mask)
+        signature = inspect.signature(call)
+
+        def watched_call(*args: Any, **kwargs: Any) -> Any:
+            outputs = call(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            tensors = (next(iter(given.values())), outputs, given.get("mask"))
+            if _is_traced_by_jax(outputs):
+                import jax
+
+                # Not to `watch` itself, whose own operations could wait for this one.
+                jax.debug.callback(lambda *values: late.append((layer, *values)), *tensors)
+            else:
+                watch(layer, *tensors)
             return outputs
 
         return watched_call
@@ -114,6 +141,21 @@ def watch_calls(
     finally:
         for layer in layers:
             vars(layer).pop("call", None)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        wait: Any = jax.effects_barrier  # which has no types
+        wait()
+    for call in late:
+        watch(*call)
+
+
+def _is_traced_by_jax(x: Any) -> bool:
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
 
 
 def inputs_like(model: keras.Model, arrays: Sequence[Tensor]) -> Any:

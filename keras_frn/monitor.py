@@ -31,8 +31,8 @@ class FRNMonitor(keras.callbacks.Callback):
     - the least and the largest value of each weight, as `gamma_min`, `gamma_max`, ...
 
     Masked positions count. The values are in `records`, a list of dicts with the keys
-    `epoch`, `layer` and those above, and in Keras' logs: `CSVLogger` and other callbacks after this
-    one in the list see them.
+    `epoch`, `layer` (its name, or its path if others have that name) and those above, and in Keras'
+    logs: `CSVLogger` and other callbacks after this one in the list see them.
 
     Args:
         data: Samples like those of training, of any kind that `export_tflite` takes as calibration
@@ -109,7 +109,7 @@ def list_frn_layers(model: keras.Model) -> list[Any]:
 
 
 def measure_layers(model: keras.Model, samples: Samples) -> list[dict[str, Any]]:
-    """A dict for each FRN and TLU layer that runs: its name, and the values of `FRNMonitor`."""
+    """A dict for each FRN and TLU layer: its name, unique here, and the values of `FRNMonitor`."""
     mean_squares: dict[Any, list[Any]] = collections.defaultdict(list)
     fractions: dict[Any, list[Any]] = collections.defaultdict(list)
 
@@ -132,8 +132,8 @@ def measure_layers(model: keras.Model, samples: Samples) -> list[dict[str, Any]]
         for batch in samples:
             model(samples.nest(batch), training=False)
     rows = []
-    for layer in layers:
-        row: dict[str, Any] = {"layer": layer.name}
+    for layer, label in zip(layers, _label(layers)):
+        row: dict[str, Any] = {"layer": label}
         if fractions[layer]:
             fraction = np.mean(fractions[layer], axis=0)
             row |= {"at_tau": float(fraction.mean()), "dead": float((fraction == 1).mean())}
@@ -147,6 +147,16 @@ def measure_layers(model: keras.Model, samples: Samples) -> list[dict[str, Any]]
             row[f"{weight.name}_max"] = float(values.max())
         rows.append(row)
     return rows
+
+
+def _label(layers: Sequence[Any]) -> list[str]:
+    """The name of each layer, its path if others have its name, with a number if its path, too."""
+    names = [layer.name for layer in layers]
+    labels = [x.path or x.name if names.count(x.name) > 1 else x.name for x in layers]
+    return [
+        f"{label} ({labels[:i].count(label) + 1})" if labels.count(label) > 1 else label
+        for i, label in enumerate(labels)
+    ]
 
 
 # How the values of the layers become one of the network.

@@ -341,6 +341,22 @@ def test_monitor_counts_each_sample_once(rng):
     assert row["epsilon_ratio"] == pytest.approx(np.median(1 / mean_square), rtol)
 
 
+def test_monitor_tells_layers_of_one_name_apart(rng):
+    def nested():
+        parts = [keras.Input((4, 3)), TLU(name="tlu"), TLU(name=f"tlu{len(models)}")]
+        return keras.Sequential(parts, name="nested")
+
+    models = []
+    models += [nested()]
+    models += [nested()]
+    models[1].name = "other"
+    model = keras.Sequential([keras.Input((4, 3)), *models])
+    x = rng.normal(size=(2, 4, 3)).astype("float32")
+    rows = measure_layers(model, Samples(model, x))
+    expected = ["nested/tlu (1)", "tlu0", "nested/tlu (2)", "tlu1"]
+    assert [row["layer"] for row in rows] == expected
+
+
 def test_monitor_with_a_model_without_frn(rng):
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile("sgd", "mse")
@@ -384,10 +400,24 @@ class Unprepared(Subclass):
     build = keras.Model.build
 
 
+class Keywords(Unprepared):
+    def call(self, inputs):
+        return self.head(inputs=self.frn(inputs=inputs))
+
+
+class Rematerialized(Unprepared):
+    """Its layers are called in what JAX traces."""
+
+    def make(self):
+        with keras.RematScope(mode="full"):
+            super().make()
+
+
 UNBUILT = {
     "subclass": lambda: Unprepared(is_late=False),
     "subclass with its own build": lambda: Subclass(is_late=False),
     "subclass that makes its layers in build": lambda: Subclass(is_late=True),
+    "inputs by keyword": lambda: Keywords(is_late=False),
     "Sequential": lambda: keras.Sequential(
         [
             FilterResponseNormalizationTLU(epsilon=1.0, name="frn"),
@@ -396,6 +426,8 @@ UNBUILT = {
         ]
     ),
 }
+if BACKEND == "jax":  # TensorFlow's recomputation takes no keyword, such as the mask
+    UNBUILT["rematerialized"] = lambda: Rematerialized(is_late=False)
 
 
 @pytest.mark.parametrize("is_built", [False, True])

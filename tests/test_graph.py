@@ -73,6 +73,13 @@ def test_list_layers_lists_inner_layers_once():
     assert any(type(layer) is layers.Dense for layer in graph.list_layers(wrapped))
 
 
+def test_list_layers_is_in_the_order_of_the_model():
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4, name="b"), layers.ReLU(name="c")])
+    ends = [layers.Dense(4, name="a"), inner, layers.Dense(4, name="d")]
+    found = graph.list_layers(keras.Sequential([keras.Input((4,)), *ends]))
+    assert [layer.name for layer in found if len(layer.name) == 1] == ["a", "b", "c", "d"]
+
+
 def run_steps(model, x):
     """The output of the last step."""
     steps, (key,) = graph.unroll(model)
