@@ -149,6 +149,17 @@ def test_signature_sets_integer_inputs_of_a_subclassed_model(tmp_path, rng):
     assert details["dtype"] is np.int32
 
 
+def test_inputs_may_have_names_that_tensorflow_refuses(tmp_path, rng):
+    inputs = [keras.Input((4,), name=name) for name in ("über 1", "a:0")]
+    model = keras.Model(inputs, keras.layers.Subtract()(inputs))
+    x = [images(rng, 16, (4,)) for _ in inputs]
+    options = {"quantization": "int8", "calibration_data": x}
+    report = export_tflite(model, tmp_path / "m.tflite", **options)
+    assert set(report.ranges) == {"ber_1", "a_0"}
+    (actual,) = LiteRT(report.path, ["ber_1", "a_0"])(*x)
+    close(actual, x[0] - x[1], PRESETS["int8"])
+
+
 def test_signature_of_a_subclassed_model_with_named_inputs(tmp_path, rng):
     class TwoInputs(keras.Model):
         def __init__(self):

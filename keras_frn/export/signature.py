@@ -1,5 +1,6 @@
 """The inputs of the file: their sizes, types and names."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ def specs_of(model: keras.Model, input_signature: Sequence[Any] | None) -> list[
 def _spec(shape: Shape, dtype: str | None, name: str | None = None) -> keras.InputSpec:
     dtype = keras.backend.standardize_dtype(dtype or "float32")
     dtype = "float32" if keras.backend.is_float_dtype(dtype) else dtype
+    # Of a name with a space TensorFlow says that it is there twice.
+    name = re.sub(r"[^\w.>-]", "_", name or "", flags=re.ASCII).lstrip("_->") or None
     return keras.InputSpec(shape=tuple(shape), dtype=dtype, name=name)
 
 
