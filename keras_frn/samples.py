@@ -64,6 +64,8 @@ class Samples:
         self._nested = _nest_specs(model)
         told = [] if self._nested is None else keras.tree.flatten(self._nested)
         self._inputs: list[Any] = list(specs) or told
+        # The model's own, as a file may have others.
+        self._names = [tensor.name for tensor in told or self._inputs]
         # A model of a fixed batch size gets full batches.
         self.fixed_size: int | None = self._inputs[0].shape[0] if self._inputs else None
         self._parts: list[list[Any]] = []
@@ -175,7 +177,7 @@ class Samples:
         """The arrays of a batch, each of the rank of its input."""
         if self._nested is None:
             self._nested = keras.tree.map_structure(lambda _: 0, element)
-        names = [tensor.name for tensor in self._inputs]
+        names = self._names
         if isinstance(element, dict) and set(element) == set(names):
             element = [element[name] for name in names]
         arrays = [

@@ -150,12 +150,16 @@ def test_signature_sets_integer_inputs_of_a_subclassed_model(tmp_path, rng):
 
 
 def test_inputs_may_have_names_that_tensorflow_refuses(tmp_path, rng):
-    inputs = [keras.Input((4,), name=name) for name in ("über 1", "a:0")]
+    names = ("über 1", "a:0")
+    inputs = [keras.Input((4,), name=name) for name in names]
     model = keras.Model(inputs, keras.layers.Subtract()(inputs))
-    x = [images(rng, 16, (4,)) for _ in inputs]
-    options = {"quantization": "int8", "calibration_data": x}
+    x = [images(rng, 16, (4,)), 1 + images(rng, 16, (4,))]
+    data = dict(
+        zip(names, x, strict=True)
+    )  # by the names of the model, in another order than the alphabet's
+    options = {"quantization": "int8", "calibration_data": data}
     report = export_tflite(model, tmp_path / "m.tflite", **options)
-    assert set(report.ranges) == {"ber_1", "a_0"}
+    assert report.ranges == {"ber_1": (x[0].min(), x[0].max()), "a_0": (x[1].min(), x[1].max())}
     (actual,) = LiteRT(report.path, ["ber_1", "a_0"])(*x)
     close(actual, x[0] - x[1], PRESETS["int8"])
 
