@@ -342,13 +342,11 @@ def test_monitor_counts_each_sample_once(rng):
 
 
 def test_monitor_tells_layers_of_one_name_apart(rng):
-    def nested():
-        parts = [keras.Input((4, 3)), TLU(name="tlu"), TLU(name=f"tlu{len(models)}")]
+    def nested(number):
+        parts = [keras.Input((4, 3)), TLU(name="tlu"), TLU(name=f"tlu{number}")]
         return keras.Sequential(parts, name="nested")
 
-    models = []
-    models += [nested()]
-    models += [nested()]
+    models = [nested(0), nested(1)]
     models[1].name = "other"
     model = keras.Sequential([keras.Input((4, 3)), *models])
     x = rng.normal(size=(2, 4, 3)).astype("float32")

@@ -833,8 +833,9 @@ def test_model_classes_keep_what_else_they_are_made_of(rng, tmp_path):
     model.compile("sgd", "mse")
     model.fit(x, x, verbose=0)
     model.class_names = ["a"]
+    end = "" if IS_OLD else "$"  # nor could it be loaded again, which the warning adds
     with pytest.warns(
-        UserWarning, match="of class OfMore is copied, without its own class_names\\."
+        UserWarning, match=rf"of class OfMore is copied, without its own class_names\.{end}"
     ):
         _convert(model)
 

@@ -279,7 +279,7 @@ def test_each_preset_in_vela(preset, integer_io, tmp_path):
 
 @on_tensorflow
 @pytest.mark.filterwarnings("ignore:.*different sample")
-@pytest.mark.parametrize("shape", [(6000, 2), (2, 80, 80, 1)])
+@pytest.mark.parametrize("shape", [(6000, 2), (32, 32, 32, 1), (2, 80, 80, 1)])
 def test_large_means_run_on_the_npu(shape, tmp_path, rng):
     """Of sequences and volumes, whose positions in one row would be too many for it."""
     pytest.importorskip("ai_edge_quantizer", reason="of the [export] extra")

@@ -154,9 +154,8 @@ def test_inputs_may_have_names_that_tensorflow_refuses(tmp_path, rng):
     inputs = [keras.Input((4,), name=name) for name in names]
     model = keras.Model(inputs, keras.layers.Subtract()(inputs))
     x = [images(rng, 16, (4,)), 1 + images(rng, 16, (4,))]
-    data = dict(
-        zip(names, x, strict=True)
-    )  # by the names of the model, in another order than the alphabet's
+    # By the names of the model, in another order than the alphabet's.
+    data = dict(zip(names, x, strict=True))
     options = {"quantization": "int8", "calibration_data": data}
     report = export_tflite(model, tmp_path / "m.tflite", **options)
     assert report.ranges == {"ber_1": (x[0].min(), x[0].max()), "a_0": (x[1].min(), x[1].max())}

@@ -145,7 +145,7 @@ class Builder:
     def _make_normalization(self, config: dict[str, Any]) -> FilterResponseNormalization:
         if config["axis"] != [1, 2]:
             raise ValueError(f"has axis={config['axis']!r}, where Addons allowed [1, 2] only")
-        # Not 0 or so, which gave NaN for zeros.
+        # Not 0: the layer refuses what gave NaN for zeros, below 5.2e-26.
         epsilon = max(abs(config["epsilon"]), 0 if config["learned_epsilon"] else 1e-25)
         config = {**config, "axis": -1, "epsilon": epsilon}
         for key in ("gamma_constraint", "beta_constraint"):

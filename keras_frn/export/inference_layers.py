@@ -1,5 +1,6 @@
 """The layers that stand in an inference copy for those of the model."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,22 +106,25 @@ class Activation:
             return cls(ops.selu, lambda x: _SELU[0] * _elu_in_steps(x, _SELU[1]), wants_steps=True)
         if type(source) is layers.ELU or _is_named(source, "elu"):
             alpha = getattr(source, "alpha", 1.0)
-            return cls(lambda x: ops.elu(x, alpha), lambda x: _elu_in_steps(x, alpha), True)
+            steps = functools.partial(_elu_in_steps, alpha=alpha)
+            return cls(lambda x: ops.elu(x, alpha), steps, wants_steps=True)
         slope, largest = _read_rectifier(source)
         if largest is not None:
-            result = cls(lambda x: ops.clip(x, 0.0, largest), lambda x: _clip_in_steps(x, largest))
-            result.wants_steps, result.is_fusible = True, largest == 6
+            steps = functools.partial(_clip_in_steps, largest=largest)
+            result = cls(lambda x: ops.clip(x, 0.0, largest), steps, wants_steps=True)
+            result.is_fusible = largest == 6
             return result
         if slope is None or np.any(slope > 1):
             return None
+        is_prelu = np.ndim(slope) > 0
 
         def rectify(x: Tensor) -> Tensor:
-            if np.ndim(slope):  # in the words that TensorFlow's converter knows as a PRELU
+            if is_prelu:  # in the words that TensorFlow's converter knows as a PRELU
                 return ops.relu(x) + -slope * ops.relu(-x)
             return ops.leaky_relu(x, slope)
 
-        result = cls(rectify, lambda x: ops.maximum(x, slope * x))
-        result.wants_steps, result.is_homogeneous = np.ndim(slope) > 0, True
+        result = cls(rectify, lambda x: ops.maximum(x, slope * x), wants_steps=is_prelu)
+        result.is_homogeneous = True
         return result
 
 
