@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
@@ -28,6 +29,7 @@ __all__ = [
     "copy_trainable",
     "copy_weights",
     "has_inputs",
+    "has_own_code",
     "inputs_like",
     "is_built",
     "is_graph",
@@ -43,6 +45,8 @@ __all__ = [
 
 # What constructors raise that are given other arguments than theirs.
 _NOT_MADE = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
+# The classes of a library have no code that a user wrote.
+_LIBRARIES = ("keras", "keras_frn")
 
 
 def has_inputs(layer: Any) -> TypeGuard[keras.Model]:
@@ -426,6 +430,14 @@ def is_operation(layer: Any, function: Callable[[Tensor], Tensor]) -> bool:
     if isinstance(layer, keras.Layer) or not isinstance(layer, keras.Operation):
         return False
     return type(layer) is type(function(keras.KerasTensor((None, 1)))._keras_history.operation)
+
+
+def has_own_code(layer: Any) -> bool:
+    """Whether the class of a layer may compute something else than the class of Keras or of this
+    package that it derives from: it has code beside what makes it."""
+    own = itertools.takewhile(lambda x: _find_library(x) not in _LIBRARIES, type(layer).__mro__)
+    names = {name for x in own for name in vars(x) if name == "__call__" or name[:2] != "__"}
+    return not names <= {"get_config", "from_config"}
 
 
 def is_relu(function: Any) -> bool:

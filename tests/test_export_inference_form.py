@@ -57,6 +57,29 @@ def into_nested(x):
     return layers.Conv2D(5, 1)(head(layers.Conv2D(6, 3)(x)))
 
 
+class SamePadding(layers.Conv2D):
+    def __init__(self, *args, padding="same", **kwargs):
+        super().__init__(*args, padding=padding, **kwargs)
+
+    def get_config(self):
+        return super().get_config()
+
+
+class StandardizedWeights(layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, keras.ops.normalize(kernel, axis=(0, 1, 2)))
+
+
+class Shift(layers.Identity):
+    def call(self, inputs):
+        return inputs + 1.0
+
+
+class Fade(keras_frn.TLU):
+    def call(self, inputs):
+        return -super().call(inputs)
+
+
 SCALABLE = {
     "convolution": sequential(layers.Conv2D(6, 3)),
     "with an activation": sequential(layers.Conv2D(6, 3, activation="relu")),
@@ -81,6 +104,7 @@ SCALABLE = {
         layers.UpSampling2D(2),
         layers.SpatialDropout2D(0.5),
     ),
+    "of a class that only chooses options": sequential(SamePadding(6, 3)),
     "residual": functional(residual),
     "concatenated": functional(dense_block),
     "nested": functional(nested),
@@ -163,6 +187,16 @@ UNSCALABLE = {
         "frn",
         "sum (Add) cannot be scaled",
     ),
+    "of a class that computes something else": (
+        functional(StandardizedWeights(4, 1, name="own")),
+        "frn",
+        "own (StandardizedWeights) cannot be scaled",
+    ),
+    "through such a class": (
+        functional(lambda x: Shift(name="own")(layers.Conv2D(4, 1)(x))),
+        "frn",
+        "own (Shift) cannot be scaled",
+    ),
     "channels first": (
         keras.Sequential([keras.Input((4, 10, 10)), layers.Identity(), frn(axis=1, name="frn")]),
         "frn",
@@ -212,6 +246,7 @@ POOLINGS = {
     "a line": (lambda: [frn_tlu_layer(affine=True), layers.MaxPooling2D(2)], False),
     "average": (lambda: [frn_tlu_layer(), layers.AveragePooling2D(2)], False),
     "tau by row": (lambda: [frn(), keras_frn.TLU(axis=1), layers.MaxPooling2D(2)], False),
+    "a class of its own": (lambda: [frn(), Fade(), layers.MaxPooling2D(2)], False),
     "channels first": (
         lambda: [frn_tlu_layer(axis=1), layers.MaxPooling2D(2, data_format="channels_first")],
         False,

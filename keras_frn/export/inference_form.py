@@ -239,6 +239,10 @@ class InferenceCopy:
         layer, inputs = call.layer, call.inputs
         if self._is_shared(layer):
             raise _NotPossibleError(f"{layer.name} is used in several places")
+        kind = self._kinds.get(layer, type(layer).__name__)
+        refusal = _NotPossibleError(f"{layer.name} ({kind}) cannot be scaled")
+        if graph.has_own_code(layer):
+            raise refusal
         if isinstance(layer, layers.Add) and all(t.shape[-1] == factor.size for t in inputs):
             parts = [factor] * len(inputs)
         elif isinstance(layer, layers.Concatenate) and layer.axis in (-1, len(tensor.shape) - 1):
@@ -248,8 +252,7 @@ class InferenceCopy:
         elif _is_scalable(layer):
             return [(layer, factor)]
         else:
-            kind = self._kinds.get(layer, type(layer).__name__)
-            raise _NotPossibleError(f"{layer.name} ({kind}) cannot be scaled")
+            raise refusal
         return [pair for t, part in zip(inputs, parts) for pair in self._find_scalable(t, part)]
 
 
@@ -314,7 +317,7 @@ def _other_axes(layer: Normalization) -> tuple[int, ...]:
 
 def _is_threshold(layer: keras.layers.Layer) -> bool:
     """Whether the layer is `max(y, tau)` with one tau per channel."""
-    if not isinstance(layer, TLU) or layer.affine:
+    if not isinstance(layer, TLU) or graph.has_own_code(layer) or layer.affine:
         return False
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     return [axis % rank_of(layer) for axis in axes] == [rank_of(layer) - 1]
