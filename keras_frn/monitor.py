@@ -23,7 +23,8 @@ class FRNMonitor(keras.callbacks.Callback):
     layer
 
     - `at_tau`, the fraction of outputs that are at the threshold, and `dead`, the fraction of
-      channels all of whose outputs are: such a channel is constant and trains only tau;
+      channels all of whose outputs are: such a channel is constant and trains only tau. An affine
+      TLU has neither;
     - `epsilon_ratio`, the median over the channels of epsilon / mean square. Far below 1 is FRN as
       in the paper; far above 1 hardly normalizes;
     - `spread`, the largest mean square of a channel over the smallest. At 1e4, a factor of 100

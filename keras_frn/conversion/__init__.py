@@ -83,17 +83,15 @@ def replace_batch_normalization(
     Args:
         model: A built functional or Sequential model. Nested models and shared layers are followed.
         calibration_data: Inputs like those at inference, without labels; 200 to 1000 samples are
-            enough, and at most 2048 are used. An array, a list or dict of arrays for several
-            inputs, a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable of batches, each
-            the inputs or `(inputs, targets)`. An array is read batch by batch, so that a memory map
-            need not fit into memory. With None, the moving statistics alone decide. Defaults to
-            None.
+            enough, and at most 2048 are used. Of any kind that `export_tflite` takes. An array is
+            read batch by batch, so that a memory map need not fit into memory. With None, the
+            moving statistics alone decide. Defaults to None.
         epsilon_ratio: Float of 0 or more, epsilon / mean square of each channel. It is at least 1
             if a layer has a single position. Defaults to 3.
         learned_epsilon: How layers with a single position keep their epsilon: `"per_channel"` in a
             trained weight, False as a constant. Defaults to `"per_channel"`.
-        replace_activations: Whether a `ReLU` or `Activation("relu")` becomes TLU if it directly
-            follows a replaced layer, and nothing else. Defaults to True.
+        replace_activations: Whether a `ReLU`, `Activation("relu")` or `keras.ops.relu` becomes TLU
+            if it directly follows a replaced layer, and nothing else. Defaults to True.
         verbose: Bool or `"auto"`, whether to show the progress of the calibration; `"auto"` is
             True, as in `keras.Model.fit`. Defaults to `"auto"`.
         return_report: Whether to also return a `ConversionReport`. Defaults to False.

@@ -50,8 +50,9 @@ def export_tflite(
     data each input channel is first scaled to unit root mean square, through the filters of the
     layer before it, which changes nothing in float; and `"int8"` and `"int16x8"` normalize twice,
     coarsely and then exactly, where samples differ more than integers resolve. In both 8-bit
-    presets the rarest 2 of 10,000 values before a normalization saturate; in `"int16x8"` ranges are
-    four times as wide as on the calibration data. The model given stays as it is.
+    presets the rarest 2 of 10,000 values on either side saturate before a normalization; in
+    `"int16x8"` ranges are four times as wide as on the calibration data. The model given stays as
+    it is.
 
     Args:
         model: A built Keras model. A functional, Sequential or nested one is exported through a
