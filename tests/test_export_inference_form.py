@@ -168,6 +168,19 @@ def twice(x):
     return shared(shared(x))
 
 
+def nest(*inner):
+    return keras.Sequential(list(inner))
+
+
+class Block(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = frn(name="norm")
+
+    def call(self, inputs):
+        return self.norm(inputs)
+
+
 UNSCALABLE = {
     "input": (functional(lambda x: x), "frn", "it is fed by the model's input"),
     "used elsewhere": (functional(preactivation), "inner", "what feeds it also feeds sum"),
@@ -197,6 +210,16 @@ UNSCALABLE = {
         "frn",
         "own (Shift) cannot be scaled",
     ),
+    "inside of a layer": (
+        functional(lambda x: Block(name="block")(layers.Conv2D(4, 1)(x))),
+        "block/norm",
+        "it is inside of block (Block)",
+    ),
+    "inside of a wrapper": (
+        functional(layers.TimeDistributed(nest(frn(name="norm")), name="rows")),
+        "rows/norm",
+        "it is inside of rows (TimeDistributed)",
+    ),
     "channels first": (
         keras.Sequential([keras.Input((4, 10, 10)), layers.Identity(), frn(axis=1, name="frn")]),
         "frn",
@@ -222,10 +245,6 @@ def with_falling(model):
         if layer.name == "falling":
             layer.gamma.assign(layer.gamma * np.where(np.arange(layer.gamma.shape[0]) == 1, -1, 1))
     return model
-
-
-def nest(*inner):
-    return keras.Sequential(list(inner))
 
 
 def functional_nested(*inner):

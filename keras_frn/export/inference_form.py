@@ -97,7 +97,12 @@ class InferenceCopy:
         self.normalizations = [layer for layer in inside if isinstance(layer, Normalization)]
         self.equalized: list[str] = []
         self._positions: dict[Normalization, int] = {}
-        self.not_equalized: dict[str, str] = {}
+        self.not_equalized = {
+            f"{layer.name}/{norm.name}": f"it is inside of {layer.name} ({self._kinds[layer]})"
+            for layer in inside
+            for norm in graph.list_layers(layer)
+            if isinstance(norm, FilterResponseNormalization)
+        }
 
     def pool_first(self) -> None:
         """Takes maxima before the scale where that is exact, as it leaves fewer positions to scale.
