@@ -326,9 +326,10 @@ def _read_config(path: Path) -> str | None:
         is_zip = zipfile.is_zipfile(file)
     if is_zip:
         with zipfile.ZipFile(path) as archive:
-            is_model = "config.json" in archive.namelist()
+            # Keras goes by the name of the file.
+            is_model = path.suffix == ".keras" and "config.json" in archive.namelist()
             return archive.read("config.json").decode() if is_model else None
-    if not h5py.is_hdf5(path):
+    if path.suffix not in (".h5", ".hdf5") or not h5py.is_hdf5(path):
         return None
     with h5py.File(path) as file:
         return str(file.attrs.get("model_config", ""))

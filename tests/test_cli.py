@@ -1,5 +1,6 @@
 import configparser
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,7 +202,10 @@ def test_file_of_the_wrong_kind_is_named(files, capsys):
         assert "pickle" not in printed
     (files / "text.keras").write_text("not a zip file")
     (files / "folder.keras").mkdir()
-    for name in ("text.keras", "x.npz", "folder.keras"):
+    shutil.copy(files / "frn.keras", files / "frn.zip")
+    keras.models.load_model(files / "frn.keras").save(files / "frn.h5")
+    shutil.copy(files / "frn.h5", files / "of_hdf5.keras")
+    for name in ("text.keras", "x.npz", "folder.keras", "frn.zip", "of_hdf5.keras"):
         assert run("inspect", files / name) == 2
         assert "`model` must be a .keras or .h5 file" in capsys.readouterr().err
 
