@@ -89,7 +89,9 @@ class Samples:
                     "must be finite. Received: an array with NaN or infinity. Remove it."
                 )
             different |= {hash(b"".join(row.tobytes() for row in rows)) for rows in zip(*batch)}
-            ends = [(array.min(), array.max()) for array in batch]
+            # Text has neither.
+            is_text = [array.dtype.kind in "OSU" for array in batch]
+            ends = [(np.nan,) * 2 if x else (a.min(), a.max()) for a, x in zip(batch, is_text)]
             pairs = zip(self.ranges or ends, ends)
             self.ranges = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in pairs]
         doubts = list(find_doubts(model, self, self.ranges))
@@ -118,6 +120,8 @@ class Samples:
 
     def _array(self, i: int, rows: Any) -> Any:
         rows = keras.ops.convert_to_numpy(rows)
+        if rows.dtype == object:  # text
+            rows = rows.astype("S" if isinstance(rows.flat[0], bytes) else "U")
         dtype = (self._inputs and self._inputs[i].dtype) or rows.dtype
         return rows.astype("float32") if keras.backend.is_float_dtype(str(dtype)) else rows
 

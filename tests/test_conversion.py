@@ -931,6 +931,33 @@ def test_ratio_too_small_for_the_model_is_reported(rng):
     assert _report(model, calibration_data=data, epsilon_ratio=1e3).agreement > 0.999
 
 
+def test_random_model_is_not_blamed_on_the_ratio(rng):
+    noise = layers.Lambda(lambda x: x + 9.0 * keras.random.normal(keras.ops.shape(x)))
+    inputs = keras.Input((8, 8, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs))
+    model = keras.Model(inputs, noise(x))
+    with pytest.warns(UserWarning, match="`model` is random at inference.*0.* with the result's"):
+        _convert(model, rng.normal(size=(16, 8, 8, 3)))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="text is of TensorFlow")
+@pytest.mark.parametrize("kind", [object, "U", "S"])
+def test_text_is_calibration_data(kind, rng):
+    inputs = [keras.Input((1,), dtype="string"), keras.Input((4,))]
+    text = layers.StringLookup(vocabulary=["a", "bc"], output_mode="one_hot")(inputs[0])
+    x = layers.Dense(8)(layers.Concatenate()([text, inputs[1]]))
+    model = keras.Model(inputs, layers.BatchNormalization()(x))
+    data = [np.array([["a"], ["bc"]] * 8).astype(kind), rng.normal(size=(16, 4))]
+    assert _report(model, calibration_data=data, epsilon_ratio=1e3).agreement > 0.99
+
+
+def test_agreement_is_measured_on_batches_of_one_sample(rng):
+    model = _trained(_residual(), rng)
+    data = [rng.normal(1.0, 2.0, size=(1, 8, 8, 3)).astype("float32") for _ in range(9)]
+    assert _report(model, calibration_data=data, epsilon_ratio=1e3).agreement > 0.999
+    assert _report(model, calibration_data=data[:7]).agreement is None
+
+
 def test_exported_form_uses_the_ratio(rng):
     model = _trained(_residual(), rng)
     x = rng.normal(1.0, 2.0, size=(40, 8, 8, 3)).astype("float32")

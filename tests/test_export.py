@@ -208,6 +208,11 @@ REFUSED = {
     "no operator": (lambda x: keras.ops.erfinv(x), None, "LiteRT has no operator for Erfinv"),
     "several": (lambda x: keras.ops.fft2((x, x))[0], "int8", "no operator for Complex, FFT2D"),
     "no integer form": (lambda x: -x, "int16x8", "no integer form of NEG. 'int8_float_stat"),
+    "integers of the model's own": (
+        lambda x: keras.ops.matmul(keras.ops.cast(x, "int8"), np.ones((3, 2), "int8")),
+        None,
+        "converter says: 'tfl.fully_connected' op operand #0 must be",
+    ),
     "not traced": (InNumPy(), "dynamic", r"cannot trace it: .*InNumPy.call\(\).*NumPy call"),
     "ConvLSTM": (
         lambda x: layers.ConvLSTM2D(2, 3)(x[:, None]),

@@ -10,7 +10,7 @@ from exporting import (
 from keras import layers
 
 from keras_frn.export import export_tflite
-from keras_frn.export.check import check_outputs, find_bound
+from keras_frn.export.check import check_outputs, compare, find_bound
 from keras_frn.export.signature import specs_of
 from keras_frn.samples import Samples
 
@@ -45,6 +45,21 @@ def test_wrong_layer_is_found_between_parallel_branches(tmp_path):
     model = keras.Model(inputs, layers.Add()([plain, wrong]))
     with pytest.raises(ValueError, match="The first layer to differ is wrong"):
         export_tflite(model, tmp_path / "m.tflite")
+
+
+def test_integers_differ_by_how_many_they_are(rng):
+    inputs = keras.Input((8,))
+    model, x = keras.Model(inputs, keras.ops.argmax(inputs, -1)), rng.normal(size=(20, 8))
+    specs = specs_of(model, None)
+    wrong = [np.where(np.arange(20) < 3, 7 - x.argmax(-1), x.argmax(-1))]
+    found = compare(model, lambda *_: wrong, specs, Samples(model, x, keras.tree.flatten(specs)))
+    assert (found.max_error, found.fraction, found.agreement) == (0.15, 0.15, 0.85)
+
+
+def test_output_of_a_single_number_is_compared(tmp_path, rng):
+    inputs = keras.Input((12, 12, 3))
+    model = keras.Model(inputs, keras.ops.mean(frn()(layers.Conv2D(6, 3)(inputs))))
+    assert export_tflite(model, tmp_path / "m.tflite").max_error < 1e-6
 
 
 def test_error_beyond_the_limit_warns(tmp_path, rng):

@@ -318,6 +318,37 @@ def test_outputs_may_be_shared_or_used_inside(build, preset, integer_io, tmp_pat
     assert not report.in_float
 
 
+@pytest.mark.parametrize("form", ["in a dict", "in a list"])
+def test_outputs_may_be_nested(form, tmp_path, rng):
+    inputs = keras.Input((6, 6, 3))
+    x = layers.GlobalAveragePooling2D()(frn_tlu_layer()(layers.Conv2D(4, 1)(inputs)))
+    a, b, c = (layers.Dense(n)(x) for n in (2, 3, 4))
+    outputs = {"z": a, "a": (b, c)} if form == "in a dict" else [a, {"z": b, "a": c}]
+    model, x = shuffled_weights(keras.Model(inputs, outputs)), images(rng, 8, (6, 6, 3))
+    report = export_tflite(model, tmp_path / "m.tflite")
+    expected = keras.tree.flatten(model.predict(x, verbose=0))
+    for actual, output in zip(LiteRT(report.path)(x), expected, strict=True):
+        close(actual, output, FLOAT)
+
+
+@pytest.mark.parametrize("preset", [None, "int8"])
+def test_index_of_the_largest_or_least_is_an_operator(preset, tmp_path, rng):
+    inputs = keras.Input((6, 6, 3))
+    x = keras.ops.relu(frn()(layers.Conv2D(4, 1)(inputs)))
+    found = [keras.ops.argmax(x, -1), keras.ops.argmin(x, axis=1, keepdims=True)]
+    model, x = shuffled_weights(keras.Model(inputs, found)), images(rng, 32, (6, 6, 3))
+    report = export_tflite(
+        model,
+        tmp_path / "m.tflite",
+        quantization=preset,
+        calibration_data=x,
+        integer_io=bool(preset),
+    )
+    assert {"ARG_MAX", "ARG_MIN"} <= set(report.operators)
+    for actual, expected in zip(LiteRT(report.path)(x), model.predict(x, verbose=0), strict=True):
+        assert np.mean(actual == expected) > (0.9 if preset else 0.999)  # but for ties
+
+
 def test_integer_io_refuses_float_operators_between(tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
     model = keras.Model(inputs, -layers.Conv2D(6, 3)(inputs))

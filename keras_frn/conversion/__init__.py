@@ -125,20 +125,25 @@ def replace_batch_normalization(
         elif plan.keeps_weights(layer):
             graph.copy_weights(layer, copy)
     graph.copy_trainable(copies)
-    ratios, agreement = dict(plan.ratios), None
+    ratios, agreement, itself = dict(plan.ratios), None, None
     if samples.count and ratios:
         replaced = {copies[bn]: bn for bn in ratios}
         ratios |= fit(opened, converted, replaced, ratios, samples, bool(verbose))
         agreement = measure_agreement(opened, converted, samples)
+        if agreement is not None and agreement < _GOOD_AGREEMENT:
+            itself = measure_agreement(opened, opened, samples)
     report = ConversionReport(tuple(plan.describe(ratios)), agreement)
     models = [(model, converted), *(pair for pair in copies.items() if graph.is_graph(pair[0]))]
-    for warning in (*_describe_rest(model, report), *_describe_losses(models)):
+    for warning in (*_describe_rest(model, report, itself), *_describe_losses(models)):
         warnings.warn(warning, stacklevel=2)
     return (converted, report) if return_report else converted
 
 
-def _describe_rest(model: keras.Model, report: ConversionReport) -> Iterator[Warning]:
-    """Warnings about what was not converted, or not well."""
+def _describe_rest(
+    model: keras.Model, report: ConversionReport, itself: float | None
+) -> Iterator[Warning]:
+    """Warnings about what was not converted, or not well. `itself` is how far the given model
+    agrees with itself, if that was measured."""
     if report.left:
         names = ", ".join(f"{x.layer} ({x.reason})" for x in report.entries if x.left)
         total = format_count(report.left + report.replaced, "BatchNormalization layer")
@@ -150,7 +155,13 @@ def _describe_rest(model: keras.Model, report: ConversionReport) -> Iterator[War
     elif not report.replaced:
         text = f"has no BatchNormalization layer. Received: {model.name!r}. The result is a copy."
         yield ArgumentWarning("model", text)
-    if report.agreement is not None and report.agreement < _GOOD_AGREEMENT:
+    if itself is not None and itself < _GOOD_AGREEMENT:
+        text = (
+            f"is random at inference: its outputs correlate by {itself:.2f} with those of a second "
+            f"call, and by {report.agreement:.2f} with the result's. Compare what is not random."
+        )
+        yield ArgumentWarning("model", text)
+    elif report.agreement is not None and report.agreement < _GOOD_AGREEMENT:
         text = (
             "is too small for this model: over the calibration data the outputs correlate with "
             f"those of the given model by {report.agreement:.2f} only. Networks with gates, as "

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -105,11 +104,15 @@ def fit(
 def measure_agreement(model: keras.Model, converted: keras.Model, samples: Samples) -> float | None:
     """The correlation of two models' outputs over 8 to 128 samples; None if they are fewer."""
     outputs: list[list[Any]] = [[], []]
-    for batch in itertools.islice(samples, 4):
+    count = 0
+    for batch in samples:
         for found, one in zip(outputs, (model, converted)):
             given = keras.tree.flatten(one(samples.nest(batch), training=False))
             found.append([ops.convert_to_numpy(ops.cast(y, "float32")) for y in given])
-    if sum(len(batch[0]) for batch in outputs[0]) < 8:
+        count += len(batch[0])
+        if count >= 8 and len(outputs[0]) >= 4:  # many batches only if they are small
+            break
+    if count < 8:
         return None
     correlations = []
     for pair in zip(*(map(np.concatenate, zip(*found)) for found in outputs)):

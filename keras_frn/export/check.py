@@ -1,6 +1,7 @@
 """Whether a file computes what the model computes."""
 
 import bisect
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -27,9 +28,11 @@ class Comparison:
     """How far the outputs of a file are from the model's.
 
     Attributes:
-        max_error: Largest absolute difference, or None if there was nothing to compare.
+        max_error: Largest absolute difference, or None if there was nothing to compare. That of an
+            output of integers is the fraction of them that differ.
         fraction: The same as a fraction of the range of the output and zero.
-        agreement: Fraction of positions with the same argmax, if outputs have several numbers.
+        agreement: Fraction of positions with the same argmax, if outputs have several numbers, or
+            with the same integer.
     """
 
     max_error: float | None
@@ -45,11 +48,20 @@ def compare(
     lows: dict[int, float] = {}
     highs: dict[int, float] = {}
     same = positions = 0
+    differing: collections.Counter[int] = collections.Counter()
+    sizes: collections.Counter[int] = collections.Counter()
     for batch in _choose_batches(model, specs, samples):
         for i, (actual, expected) in enumerate(zip(function(*batch), _run(model, specs, batch))):
+            if expected.dtype.kind in "biu":  # classes: how many differ, and not by how much
+                equal = actual == expected
+                same, positions = same + int(equal.sum()), positions + equal.size
+                differing[i] += equal.size - int(equal.sum())
+                sizes[i] += equal.size
+                errors[i], highs[i], lows[i] = differing[i] / sizes[i], 1.0, 0.0
+                continue
+            is_same = (actual == expected) | np.isnan(actual) & np.isnan(expected)
             with np.errstate(invalid="ignore"):
-                error = np.nan_to_num(np.abs(actual - expected), nan=np.inf)
-            error[(actual == expected) | np.isnan(actual) & np.isnan(expected)] = 0
+                error = np.where(is_same, 0, np.nan_to_num(np.abs(actual - expected), nan=np.inf))
             finite = expected[np.isfinite(expected)]
             errors[i] = max(errors.get(i, 0.0), float(error.max(initial=0)))
             lows[i] = min(lows.get(i, 0.0), float(finite.min(initial=0)))
@@ -86,7 +98,8 @@ def _choose_batches(model: keras.Model, specs: Any, samples: Samples) -> Iterabl
 
 def _run(model: keras.Model, specs: Any, arrays: Batch) -> Batch:
     outputs = model(*keras.tree.pack_sequence_as(specs, arrays), training=False)
-    return [np.asarray(output, "float32") for output in keras.tree.flatten(outputs)]
+    found = [np.asarray(output) for output in keras.tree.flatten(outputs)]
+    return [x if x.dtype.kind in "biu" else x.astype("float32") for x in found]
 
 
 def find_bound(model: keras.Model, quantization: Preset | None) -> float:

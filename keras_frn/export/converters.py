@@ -102,7 +102,10 @@ def _save(
             # tensor no chain is the beginning of another.
             for bit in f"{number:0{max(reused.values()).bit_length()}b}":
                 flat[i] = (keras.ops.minimum if bit == "1" else keras.ops.maximum)(flat[i], flat[i])
-        return keras.tree.pack_sequence_as(outputs, flat)
+        parts = outputs.values() if isinstance(outputs, dict) else outputs
+        # A signature has no structures inside of others.
+        is_nested = keras.tree.is_nested(outputs) and any(map(keras.tree.is_nested, parts))
+        return flat if is_nested else keras.tree.pack_sequence_as(outputs, flat)
 
     archive.add_endpoint("serve", serve, input_signature=specs)
     # What code raises that was not written for a graph.
@@ -182,8 +185,9 @@ def _refuse_signature(problem: str, shapes: list[Any], fixed: list[Any]) -> Argu
 
 
 def _shorten(error: Exception) -> str:
-    """The first words of a message, in one line and without colors."""
+    """The first words of a message, in one line, without colors and places in a graph."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).split("Arguments received by")[0]
+    text = re.sub(r"(<unknown>:0: error: )?loc\(.*\): (error: )?", "", text)
     return textwrap.shorten(text, 300, placeholder=" ...").rstrip(". ")
 
 

@@ -108,6 +108,9 @@ class Activation:
             alpha = getattr(source, "alpha", 1.0)
             steps = functools.partial(_elu_in_steps, alpha=alpha)
             return cls(lambda x: ops.elu(x, alpha), steps, wants_steps=True)
+        for index, find in (ops.argmax, "argmax"), (ops.argmin, "argmin"):
+            if graph.is_operation(source, index) and source.axis is not None:
+                return cls(functools.partial(_find_index, find, source))
         slope, largest = _read_rectifier(source)
         if largest is not None:
             steps = functools.partial(_clip_in_steps, largest=largest)
@@ -177,6 +180,14 @@ def _elu_in_steps(x: Tensor, alpha: float) -> Tensor:
     positive = ops.relu(x)
     root = ops.rsqrt(ops.sigmoid(positive - x))  # root^2 is 1 + exp(min(x, 0))
     return positive + alpha * (root * root - 2.0)
+
+
+def _find_index(name: str, source: Any, x: Tensor) -> Tensor:
+    import tensorflow as tf
+
+    # Keras' own looks at the bits of zeros, for which LiteRT has no operator.
+    found = getattr(tf, name)(x, source.axis, "int32")
+    return tf.expand_dims(found, source.axis) if source.keepdims else found
 
 
 class ActivationLayer(layers.Layer):

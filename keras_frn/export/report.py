@@ -23,13 +23,15 @@ class ExportReport:
         delegated: Number of operators that the interpreter hands to XNNPACK on this machine.
         partitions: Number of pieces in which it does so; 1 is best.
         samples: Number of calibration samples compared; without any, random inputs are.
-        ranges: Dict from the name of an input to the least and largest value in the samples.
-        max_error: Largest absolute difference from the model's outputs. None for a model that
-            does not run on random inputs.
+        ranges: Dict from the name of an input to the least and largest value in the samples;
+            NaN for text.
+        max_error: Largest absolute difference from the model's outputs, or of an output of
+            integers, the fraction that differs. None for a model that does not run on random
+            inputs.
         max_error_fraction: Largest difference as a fraction of the range of the output and zero.
         bound: What this fraction should not exceed on any sample.
         agreement: Fraction of samples (or positions) with the same argmax along the last axis, for
-            outputs of more than one number.
+            outputs of more than one number, or with the same integer.
         is_quantized: False if the preset stores no number in fewer bits.
         equalized: Names of the normalization layers whose input channels were scaled.
         not_equalized: Dict from the names of the others to the reason.
@@ -81,7 +83,8 @@ class ExportReport:
         seen = "random inputs, as no calibration data were given"
         if self.samples:
             ranges = (
-                f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in self.ranges.items()
+                f"{name} {low:.4g} to {high:.4g}" if low <= high else f"{name} of text"
+                for name, (low, high) in self.ranges.items()
             )
             seen = f"{format_count(self.samples, 'sample')}, {', '.join(ranges)}"
         lines.append(f"compared on    {seen}")
