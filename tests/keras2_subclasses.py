@@ -214,6 +214,23 @@ def branches(*names):
 two = branches("a", "b")
 for name in ("two/ckpt", "two.h5"):
     two.save_weights(name)
+# The layer that was made first, and so has the first number, comes last.
+first, second = layers.Dense(8, name="dense"), layers.Dense(8, name="dense_1")
+inputs = layers.Input((8,))
+turned = tf_keras.Model(inputs, first(second(inputs)))
+turned.save("turned.keras")
+first._name, second._name = second.name, first.name
+with open("turned.json", "w") as file:
+    file.write(turned.to_json())
+turned.save_weights("turned/ckpt")
 np.savez(
-    "io.npz", **others, mixed=mixed(x), x=x, net=net(x), other=other(x), flat=flat(x), both=expected
+    "io.npz",
+    turned=turned(x[:, 0, :, 0]),
+    **others,
+    mixed=mixed(x),
+    x=x,
+    net=net(x),
+    other=other(x),
+    flat=flat(x),
+    both=expected,
 )

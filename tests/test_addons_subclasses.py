@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -179,6 +180,20 @@ def test_layers_of_equal_shapes_in_another_order_are_reported(folder, name, name
     told = pytest.warns(UserWarning, match=r"`path` numbers .*a/kernel.* \(3, 3, 3, 3\) -> ")
     with contextlib.nullcontext() if is_certain else told:
         load_addons_weights(two(*names), folder / name)
+
+
+@pytest.mark.parametrize("name", ["turned.keras", "turned"])
+def test_numbers_of_layers_are_not_those_of_classes_in_a_file_with_a_config(folder, name):
+    class Other(layers.Dense):
+        pass
+
+    weights = {"path": folder / "turned.json", "weights": folder / name}
+    options = {"path": folder / name, "custom_objects": {"Dense": Other}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load_addons_model(**weights if name == "turned" else options)
+    with np.load(folder / "io.npz") as io:
+        close(numpy(model(io["x"][:, 0, :, 0])), io["turned"], 2e-5)
 
 
 def test_a_part_is_chosen_by_name_if_several_fit(folder):

@@ -17,13 +17,15 @@ from ..typing import Tensor
 from . import hard_sigmoid_of_keras2
 from .files import reading_errors
 from .operators import BY_CODE, call_operator
+from .weights import Origin
 
 LAYERS = (keras.layers, keras.initializers, keras.regularizers, keras.constraints)
 OPTIMIZERS = (keras.optimizers, keras.optimizers.schedules)
 # What becomes of a TLU: the axes of its weights, and how many stored values share one.
 Thresholds: TypeAlias = tuple[int | tuple[int, ...], int]
 _WITH_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
-_WITH_TABLE = ("StringLookup", "IntegerLookup", "TextVectorization")
+# Those with a table, and one that Keras 3 leaves out at inference: it returns the whole image.
+_NOT_READ = ("StringLookup", "IntegerLookup", "TextVectorization", "RandomCrop")
 _RENAMED_CLASSES = {"SyncBatchNormalization": "BatchNormalization", "ThresholdedReLU": "ReLU"}
 _RENAMED = {
     ("InputLayer", "batch_input_shape"): "batch_shape",
@@ -37,6 +39,14 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+# Names of functions that are others, or have other names, in Keras 3.
+_FUNCTIONS = {
+    "hard_sigmoid": hard_sigmoid_of_keras2,
+    "kullback_leibler_divergence": keras.losses.kl_divergence,
+    "logcosh": keras.losses.log_cosh,
+}
+
+
 class _NamedError(ValueError):
     """An error that says which layer it is about."""
 
@@ -44,23 +54,23 @@ class _NamedError(ValueError):
 class Builder:
     """Builds a model from its config; `thresholds` are those of each TLU, in order.
 
-    `tlus` are the TLU layers in order, `members` the layers of each model by its id, in the order
-    of the config. That is the order of the weights in a file, which Keras 3 may not keep."""
+    `tlus` are the TLU layers in order, `origin` is what the config says of each layer."""
 
     def __init__(self, thresholds: Iterable[Thresholds] | None = None) -> None:
         self.thresholds: Iterator[Thresholds] = iter(thresholds or itertools.repeat((-1, 1)))
-        self.members: dict[int, list[Any]] = {}
+        self.origin = Origin()
         self.tlus: list[TLU] = []
 
     def revive(
         self, value: Any, homes: tuple[ModuleType, ...] = LAYERS, key: str | None = None
     ) -> Any:
         """A value in a config, with the objects that it describes, from the modules `homes`."""
+        if key and key.endswith("_initializer"):  # Identity is also a layer
+            homes = (keras.initializers,)
         if isinstance(value, list):
             return [self.revive(item, homes) for item in value]
         if isinstance(value, str) and key != "name":
-            functions = {"hard_sigmoid": hard_sigmoid_of_keras2}
-            return keras.saving.get_registered_object(value, functions) or value
+            return keras.saving.get_registered_object(value, _FUNCTIONS) or value
         if not isinstance(value, dict):
             return value
         kind = value.get("class_name")
@@ -78,11 +88,16 @@ class Builder:
         if not isinstance(kind, str) or "config" not in value:
             return {k: self.revive(v, homes, k) for k, v in value.items()}
         try:
-            return self._make(value, homes)
+            made = self._make(value, homes)
+            if isinstance(made, keras.Layer):
+                self.origin.kinds[made] = kind.rpartition(">")[2]
+            return made
         except (_NamedError, OSError):
             raise
         except reading_errors() as error:
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = " ".join(str(error).split())[:400] or type(error).__name__
+            if BY_CODE not in message:
+                message = f"{message.rstrip('.')}. {BY_CODE}"
             name = f" {_name(value)!r}" if _name(value) else ""
             raise _NamedError(f"{kind}{name} {message}") from error
 
@@ -98,6 +113,12 @@ class Builder:
             return self._make_tlu(config)
         for known in (name, data["class_name"], kind):
             if custom := keras.saving.get_registered_object(known):
+                # A class that adds a train_step, and has the config of any other model.
+                is_model = inspect.isclass(custom) and issubclass(custom, keras.Model)
+                if is_model and "input_layers" in config:
+                    return self._make_functional(config, custom)
+                if is_model and issubclass(custom, keras.Sequential):
+                    return custom(self.revive(config["layers"]), name=config.get("name"))
                 return custom.from_config(self.revive(config, homes))
         if kind in ("Functional", "Model"):
             return self._make_functional(config)
@@ -107,14 +128,17 @@ class Builder:
             inner = self.revive(config["inner_optimizer"], homes)
             return keras.optimizers.LossScaleOptimizer(inner)
         if kind == "MeanMetricWrapper":
+            if function := keras.saving.get_registered_object(config["fn"]):
+                return keras.metrics.MeanMetricWrapper(function, config["name"])
             kind = "".join(word.title() for word in config["fn"].split("_"))
         known = _RENAMED_CLASSES.get(kind, kind)
         cls = next(filter(inspect.isclass, (getattr(home, known, None) for home in homes)), None)
         if kind in _WITH_CODE:
             raise ValueError(f"holds code, which is never run from a file. {BY_CODE}")
-        if cls is None or kind in _WITH_TABLE or name.startswith("Addons>"):
+        if cls is None or kind in _NOT_READ or name.startswith("Addons>"):
             reason = "is not in Keras 3" if cls is None else "is not read"
-            remedy = f", or pass custom_objects={{{kind!r}: its class}}"
+            own = f"{config['fn']!r}: its function" if "fn" in config else f"{kind!r}: its class"
+            remedy = f", or pass custom_objects={{{own}}}"
             # A subclassed model has no name here, and no layers that could be built.
             raise ValueError(f"{reason}. {BY_CODE}{remedy if 'name' in config else ''}")
         config = {_RENAMED.get((kind, key), key): value for key, value in config.items()}
@@ -164,7 +188,9 @@ class Builder:
 
     # Models
 
-    def _make_functional(self, config: dict[str, Any]) -> keras.Model:
+    def _make_functional(
+        self, config: dict[str, Any], cls: type[keras.Model] = keras.Model
+    ) -> keras.Model:
         layers: dict[str, Any] = {}
         calls: dict[tuple[str, int], Any] = {}
         tensors: dict[tuple[str, int], list[Tensor]] = {}
@@ -188,10 +214,10 @@ class Builder:
             compute(*call)
         inputs, _ = self._resolve_inputs(config["input_layers"], compute)
         outputs, _ = self._resolve_inputs(config["output_layers"], compute)
-        model = keras.Model(inputs, outputs, name=config.get("name"))
+        model = cls(inputs, outputs, name=config.get("name"))
         if config.get("trainable") is False:
             model.trainable = False
-        self.members[id(model)] = [v for v in layers.values() if isinstance(v, keras.Layer)]
+        self.origin.members[id(model)] = [v for v in layers.values() if isinstance(v, keras.Layer)]
         return model
 
     def _resolve_inputs(

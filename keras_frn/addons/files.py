@@ -63,6 +63,7 @@ class Tree:
 
 # What an optimizer or a metric with vectors has, and no layer.
 _OF_TRAINING = {"iter", "_iterations", "accumulator", "total_cm", "true_positives"}
+ALL_LAYERS = ("layers", "_layer_checkpoint_dependencies")  # lists of HDF5, by classes
 _APART = ("keras_api", "metrics", "optimizer", "variables")
 Weights: TypeAlias = Tree | Lists
 

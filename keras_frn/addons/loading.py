@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
@@ -154,7 +154,7 @@ def _build(
         problem = "its config is not that of a built Functional or Sequential model"
         raise ValueError(f"{problem}. {BY_CODE}")
     with files.explain_errors(*source, "must hold the weights of the model"):
-        pairs = match(model, builder.members, saved.weights)
+        pairs = match(model, builder.origin, saved.weights)
     if builder.tlus and thresholds is None:  # only the arrays tell whether positions differ
         chosen = [_choose_thresholds(layer, pairs, tau) for layer in builder.tlus]
         return _build(saved, tau, source, chosen)
@@ -192,17 +192,34 @@ def _assign(pairs: list[Pair], tau: str) -> None:
 def _compile(model: keras.Model, training: dict[str, Any]) -> None:
     """Compiles the model as it was, where Keras 3 can."""
     revive = Builder().revive
+    names = getattr(model, "output_names", None) or [model.layers[-1].name]  # of a Sequential
 
-    def metrics(name: str) -> Any:
-        revived = revive(training.get(name), (keras.metrics,))
+    def metrics(key: str) -> Any:
+        stored = training.get(key)
+        if isinstance(stored, list) and len(names) > 1:
+            is_plain = not any(isinstance(item, list) for item in stored)
+            stored = [stored] * len(names) if is_plain else stored  # as Keras 2 did
+            stored = [_list_metrics(*pair) for pair in zip(names, stored, strict=True)]
+        revived = revive(stored, (keras.metrics,))
+        _check_names(revived, keras.metrics.get)
         # Keras 2 writes a list for each output; the oldest Keras 3 wants one list for one output.
-        return keras.tree.flatten(revived) if revived and len(model.outputs) == 1 else revived
+        return keras.tree.flatten(revived) if revived and len(names) == 1 else revived
+
+    def list_outputs(value: Any, default: Any = None) -> Any:
+        # Keras 3 wants all outputs, and losses and weights in the same form. Keras 2 did not.
+        is_of_names = isinstance(value, dict) and value.keys() <= {*names}
+        return [value.get(name, default) for name in names] if is_of_names else value
 
     try:
+        loss = list_outputs(revive(training.get("loss"), (keras.losses,)))
+        _check_names(loss, keras.losses.get)
+        weights = list_outputs(training.get("loss_weights"), 1.0)
+        if weights and loss and not isinstance(loss, (dict, list)):
+            loss = [loss] * len(names)
         model.compile(
             revive(training.get("optimizer_config", training.get("optimizer")), OPTIMIZERS),
-            revive(training.get("loss"), (keras.losses,)),
-            training.get("loss_weights"),
+            loss,
+            weights,
             metrics("metrics"),
             metrics("weighted_metrics"),
         )
@@ -214,3 +231,19 @@ def _compile(model: keras.Model, training: dict[str, Any]) -> None:
         problem = "The model is not compiled, as Keras 3 cannot restore the compile arguments"
         message = f"{problem}: {error}"
     warnings.warn(message, stacklevel=3)
+
+
+def _check_names(arguments: Any, get: Callable[[str], object]) -> None:
+    """Looks for the functions that are given by names, as `compile` does so in the first step."""
+    for name in keras.tree.flatten(arguments):
+        if isinstance(name, str) and name not in ("accuracy", "acc", "crossentropy", "ce"):
+            get(name)
+
+
+def _list_metrics(output: str, stored: Any) -> list[Any]:
+    """The metrics of an output. In a file their names may begin with its own, in Keras 3 not."""
+    found = [v for v in (stored if isinstance(stored, list) else [stored]) if v is not None]
+    for item in found:
+        if isinstance(item, dict) and "name" in item.get("config", ()):
+            item["config"]["name"] = item["config"]["name"].removeprefix(f"{output}_")
+    return found

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -20,7 +20,6 @@ from ..errors import ArgumentError, format_count
 from ..layers import TLU, FilterResponseNormalization
 from . import files
 
-Members = Mapping[int, list[Any]] | None  # as in `config.Builder`, if there is a config
 _ORDER = "its layers in another way, so an array may be another layer's: {}. Check an output, or "
 _ORDER += "give the layers the names and the order that they have there."
 _NESTED, _NUMBERED = f"nests {_ORDER}", f"numbers {_ORDER}"
@@ -83,6 +82,17 @@ def explain_doubts(pairs: list[Pair]) -> list[str]:
 
 
 @dataclasses.dataclass
+class Origin:
+    """What the config of a file says of the layers that it became."""
+
+    # The layers of each model by its id, in the order of the config. That is the order of the
+    # weights in a file, which Keras 3 may not keep.
+    members: dict[int, list[Any]] = dataclasses.field(default_factory=dict)
+    # The name of the class that each layer had, by which HDF5 counts the layers in a list.
+    kinds: dict[keras.Layer, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
 class Node:
     """A layer or model: the weights that are its own, and the layers in it by their names.
 
@@ -91,6 +101,7 @@ class Node:
     """
 
     layer: keras.Layer
+    kind: str
     own: list[Pair]
     inside: dict[tuple[str, ...], "Node"]
 
@@ -110,9 +121,9 @@ def _list_layers(value: Any, *path: str) -> Iterator[tuple[tuple[str, ...], kera
             yield from _list_layers(item, *path, str(key))
 
 
-def _read_layer(layer: keras.Layer, members: Members) -> Node:
+def _read_layer(layer: keras.Layer, origin: Origin) -> Node:
     if graph.is_graph(layer):
-        found = {inner.name: inner for inner in (members or {}).get(id(layer), layer.layers)}
+        found = {inner.name: inner for inner in origin.members.get(id(layer), layer.layers)}
     else:
         # Under PyTorch a layer is a torch.nn.Module, which keeps the layers in it apart.
         modules = vars(layer).get("_modules", {})
@@ -124,24 +135,25 @@ def _read_layer(layer: keras.Layer, members: Members) -> Node:
             places = {k: [order.index(id(v)) for _, v in _list_layers(found[k])] for k in found}
             found = {k: found[k] for k in sorted(found, key=places.__getitem__)}
     layers = itertools.chain.from_iterable(_list_layers(v, k) for k, v in found.items())
-    inside = {path: _read_layer(inner, members) for path, inner in layers}
+    inside = {path: _read_layer(inner, origin) for path, inner in layers}
     inner_weights = {id(w) for node in inside.values() for w in node.layer.weights}
     own = [w for w in layer.weights if id(w) not in inner_weights]
     if isinstance(layer, FilterResponseNormalization):
         own.sort(key=lambda weight: weight is not layer.learned_epsilon)
-    return Node(layer, [Pair(layer, weight) for weight in own], inside)
+    kind = origin.kinds.get(layer, type(layer).__name__)
+    return Node(layer, kind, [Pair(layer, weight) for weight in own], inside)
 
 
 def match(
-    model: keras.Model, members: Members, stored: files.Weights, part: str | None = None
+    model: keras.Model, origin: Origin | None, stored: files.Weights, part: str | None = None
 ) -> list[Pair]:
     """A `Pair` for every weight of a model; `part` is what a checkpoint calls it."""
-    tree = _read_layer(model, members)
+    tree, has_config = _read_layer(model, origin or Origin()), origin is not None
     if isinstance(stored, files.Tree):
-        return _match_part(tree, stored, part)
+        return _match_part(tree, stored, part, has_config)
     if part is not None:
         raise ArgumentError("part", f"must be None for a file without parts. Received: {part!r}.")
-    pairs = _match_lists(tree, stored, has_config=members is not None)
+    pairs = _match_lists(tree, stored, has_config)
     _check_pairs(tree, pairs, [])
     return pairs
 
@@ -167,9 +179,11 @@ def _check_pairs(tree: Node, pairs: list[Pair], arrays: list[files.NamedArray]) 
         pair.value("per_channel_mean")
 
 
-def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
+def _match_part(tree: Node, stored: files.Tree, part: str | None, has_config: bool) -> list[Pair]:
     """Matches a file, or the one of its parts that fits, as `Checkpoint(generator=...)`."""
     parts = {n: p for n, p in stored.walk().items() if stored.names[n] and stored.list_arrays(n)}
+    if not stored.is_checkpoint:  # there layers are counted by class, so a name is another layer's
+        parts = {n: p for n, p in parts.items() if p.split("/")[-1] not in files.ALL_LAYERS}
     if part is not None:
         given = stored.find(part.split("/"))
         if given is None:
@@ -188,7 +202,8 @@ def _match_part(tree: Node, stored: files.Tree, part: str | None) -> list[Pair]:
             try:
                 if by_name:
                     pairs = _match_names(tree, stored, root)
-                    if stored.is_checkpoint and graph.is_graph(tree.layer) and _are_permuted(pairs):
+                    is_ordered = stored.is_checkpoint and graph.is_graph(tree.layer)
+                    if is_ordered and not has_config and _are_permuted(pairs):
                         pairs = [dataclasses.replace(pair, doubt=_NUMBERED) for pair in pairs]
                 else:
                     pairs = _match_list(tree, weights, arrays, doubt)
@@ -237,7 +252,7 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
                 visit(child, stored.find(path, number))
             return
         for name in sorted(names, reverse=True):  # as it was written
-            is_all = name in ("layers", "_layer_checkpoint_dependencies")
+            is_all = name in files.ALL_LAYERS
             if (name,) in inside:
                 visit(inside[name,], names[name])
             else:
@@ -248,7 +263,7 @@ def _match_names(tree: Node, stored: files.Tree, root: int) -> list[Pair]:
         # Layers of a class are counted, with gaps: conv2d, conv2d_2, ...
         names = sorted(stored.names[number], key=lambda name: (len(name), name))
         for node in nodes:
-            words = re.sub(r"\B(?=[A-Z])", "_?", type(node.layer).__name__)
+            words = re.sub(r"\B(?=[A-Z])", "_?", node.kind)
             kind = re.compile(rf"{words.lower()}(_\d+)?")
             found = next(filter(kind.fullmatch, names), None)
             if found and id(node.layer) not in seen:
