@@ -65,6 +65,16 @@ class SamePadding(layers.Conv2D):
         return super().get_config()
 
 
+class Doubled(keras_frn.FilterResponseNormalization):
+    def call(self, inputs):
+        return 2.0 * super().call(inputs)
+
+
+class WithoutBeta(keras_frn.FilterResponseNormalization):
+    def __init__(self, center=False, **kwargs):
+        super().__init__(center=center, **kwargs)
+
+
 class StandardizedWeights(layers.Conv2D):
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, keras.ops.normalize(kernel, axis=(0, 1, 2)))
@@ -105,6 +115,9 @@ SCALABLE = {
         layers.SpatialDropout2D(0.5),
     ),
     "of a class that only chooses options": sequential(SamePadding(6, 3)),
+    "into such a class": keras.Sequential(
+        [keras.Input((10, 10, 4)), layers.Conv2D(6, 3), WithoutBeta(name="frn")]
+    ),
     "residual": functional(residual),
     "concatenated": functional(dense_block),
     "nested": functional(nested),
@@ -131,7 +144,7 @@ def test_equalization_changes_scales_but_not_outputs(name, rng):
     # Equal up to the roundings of a rescaled filter: 6e-8 for each of about 30 products.
     close(copy.model(x, training=False), expected, FLOAT)
     copy.equalize([[x]])
-    assert not copy.not_equalized
+    assert not copy.not_equalized and "frn" in copy.equalized
     close(copy.model(x, training=False), expected, FLOAT)
 
     for layer in copy.normalizations:
@@ -209,6 +222,11 @@ UNSCALABLE = {
         functional(lambda x: Shift(name="own")(layers.Conv2D(4, 1)(x))),
         "frn",
         "own (Shift) cannot be scaled",
+    ),
+    "a class of its own": (
+        functional(lambda x: Doubled(name="own")(layers.Conv2D(4, 1)(x))),
+        "own",
+        "Doubled has code of its own",
     ),
     "inside of a layer": (
         functional(lambda x: Block(name="block")(layers.Conv2D(4, 1)(x))),

@@ -18,7 +18,7 @@ from keras import layers, ops
 
 from .. import graph
 from ..errors import ArgumentError
-from ..layers import TLU, FilterResponseNormalization, FilterResponseNormalizationTLU
+from ..layers import TLU, FilterResponseNormalization
 from ..typing import Array, Batch, Tensor
 from .inference_layers import (
     REPLACED,
@@ -103,6 +103,9 @@ class InferenceCopy:
             for norm in graph.list_layers(layer)
             if isinstance(norm, FilterResponseNormalization)
         }
+        for layer in inside:
+            if isinstance(layer, FilterResponseNormalization):
+                self.not_equalized[layer.name] = f"{self._kinds[layer]} has code of its own"
 
     def pool_first(self) -> None:
         """Takes maxima before the scale where that is exact, as it leaves fewer positions to scale.
@@ -268,7 +271,7 @@ class _NotPossibleError(Exception):
 def _copy_layer(
     layer: keras.layers.Layer, kept: Container[keras.layers.Layer]
 ) -> keras.layers.Layer:
-    if type(layer) in (FilterResponseNormalization, FilterResponseNormalizationTLU):
+    if isinstance(layer, FilterResponseNormalization) and not graph.has_own_code(layer):
         return Normalization(layer)
     activation = Activation.of(layer)
     if activation is not None:
