@@ -170,6 +170,23 @@ def test_units_that_no_sample_wakes_up_have_a_range(preset, tmp_path, rng):
     assert not report.warnings
 
 
+@pytest.mark.parametrize(("preset", "shift"), [("int8", 20), ("int16x8", 15)])
+def test_a_sum_of_nothing_but_roundings_has_the_range_of_what_it_adds(preset, shift, tmp_path, rng):
+    """As in an ELU of positive numbers, where TensorFlow Lite Micro would end the process."""
+    positive = [layers.Conv2D(8, 3), layers.ReLU(), layers.ELU(), layers.Conv2D(4, 3)]
+    model = keras.Sequential([keras.Input((12, 12, 3)), *positive])
+    x = images(rng, 32)
+    report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
+    close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
+    runtime = LiteRT(report.path, is_plain=True)
+    scales = {i: t["quantization"][0] for i, t in runtime.list_tensors().items()}
+    sums = [op for op in runtime.list_operators() if op["op_name"] in ("ADD", "SUB")]
+    assert len(sums) >= 3
+    for op in sums:
+        # What TensorFlow Lite Micro checks.
+        assert 2 * max(scales[i] for i in op["inputs"]) < 2**shift * scales[op["outputs"][0]]
+
+
 @pytest.mark.parametrize("layer", [layers.Conv2D, layers.DepthwiseConv2D])
 @pytest.mark.filterwarnings("ignore:the outputs differ from the model")
 def test_filter_whose_steps_leave_the_output_is_exported(layer, tmp_path, rng):
