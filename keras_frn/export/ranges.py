@@ -26,9 +26,8 @@ _BIAS_STEPS = 2.0**28
 # The largest step of a product's input as a multiple of its output's range, which is 255 steps of
 # 256, with a margin.
 _LARGEST_STEP = 255.0
-# A sum or difference with a range below this share of its inputs' has nothing but their roundings.
-# TensorFlow Lite Micro ends the process at shares of 2**-19 in 8 bits, and of 2**-14 in 16.
-_ROUNDINGS = 2.0**-14
+# A sum or difference with a range below this share of its inputs' is their rounding in float32.
+_ROUNDINGS = 2.0**-22
 # The least range of the quantizer.
 LEAST_SPAN = 1e-9
 
@@ -60,7 +59,9 @@ def measure_ranges(
         limits = _widen(runtime, samples, limits, headroom)
     else:
         limits |= _saturate(runtime, samples, limits)
-    # Zeros, as of a ReLU that no sample wakes up, have the range of what they are computed from.
+    # Zeros, as of a ReLU that no sample wakes up, have the range of what they are computed from. In
+    # an ELU of positive numbers they are roundings, with steps so small as to end the process of
+    # TensorFlow Lite Micro.
     for operator in runtime.list_operators():
         span = max((np.ptp(limits[i]) for i in operator["inputs"] if i in limits), default=0)
         zero = _ROUNDINGS * span if operator["op_name"] in ("ADD", "SUB") else 0

@@ -17,11 +17,12 @@ __all__ = ["LiteRT", "LiteRTError", "find_upstream", "import_litert"]
 
 # Numbers in the tensors of one run, if all are kept: 0.5 GB.
 _KEPT = 2**27
-# From which ratio of the scale of what an operator reads to that of its output on LiteRT refuses
-# the file or ends the process, by bits. Kernels take the ratio as a fraction of one, and XNNPACK as
-# a number below 256.
+# From which ratio of the scale of what an operator reads to that of its output on LiteRT or
+# TensorFlow Lite Micro refuses the file or ends the process, by bits. Kernels take the ratio as a
+# fraction of one, and XNNPACK as a number below 256.
 _SCALE_RATIOS = {
     "ADD": {8: 2**19, 16: 2**14},
+    "SUB": {8: 2**19, 16: 2**14},
     "SQUARED_DIFFERENCE": {8: 2**12},
     "DEPTHWISE_CONV_2D": {8: 2**8},
     "CONV_2D": {8: 2**8},
@@ -97,7 +98,7 @@ class LiteRT:
                 yield
 
     def _check_scales(self) -> None:
-        """Refuses scales that LiteRT does not run or survive."""
+        """Refuses scales that a runtime does not run or survive."""
         details = self.list_tensors()
         for op in self.list_operators():
             name = op["op_name"]
@@ -111,6 +112,7 @@ class LiteRT:
                 continue
             step = {
                 "ADD": max(*first, *second),
+                "SUB": max(*first, *second),
                 "SQUARED_DIFFERENCE": max(*first, *second) ** 2,
             }.get(name, first.max() * second.max())
             if step / output[0] >= limit:
