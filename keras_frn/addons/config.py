@@ -37,8 +37,6 @@ _WITHOUT_EFFECT = frozenset(
     """batch_input_shape batch_size fn fused implementation input_length is_legacy_optimizer
     jit_compile kernel_initializer key_shape query_shape rng_type trainable value_shape""".split()  # noqa: SIM905
 )
-
-
 # Names of functions that are others, or have other names, in Keras 3.
 _FUNCTIONS = {
     "hard_sigmoid": hard_sigmoid_of_keras2,

@@ -91,7 +91,7 @@ class Activation:
 
     @classmethod
     def of(cls, source: Any) -> "Activation | None":
-        """Both forms of a layer, an operation or a function that is such an activation, or None."""
+        """The forms of such a layer, operation or function, or None. Argmax has one, too."""
         if type(source) is layers.Activation:
             source = source.activation
         if _is_named(source, "hard_silu"):
