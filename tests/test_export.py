@@ -252,6 +252,15 @@ def test_refused_operator_is_named_in_a_short_error(name, tmp_path, rng):
     assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
 
 
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("preset", [None, "int8"])
+def test_model_that_keras_has_quantized_is_refused_with_a_remedy(preset, tmp_path, rng):
+    model, data = small_model(), images(rng, 16)
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"Export the model as it was before `model\.quantize`$"):
+        export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=data)
+
+
 def test_model_compiled_with_a_custom_loss_is_exported(tmp_path, rng):
     model = small_model()
     model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))

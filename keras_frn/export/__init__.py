@@ -159,9 +159,11 @@ def export_tflite(
         if found.max_error is None:
             runtime.allocate()
     except ConversionError as error:
+        kept = [x for x in graph.list_layers(model) if getattr(x, "quantization_mode", None)]
+        remedy = ". Export the model as it was before `model.quantize`" if kept else ""
         raise ValueError(
             "`model` must have operators that LiteRT has with "
-            f"quantization={quantization!r}. Received: {model.name}, but {error}"
+            f"quantization={quantization!r}. Received: {model.name}, but {error}{remedy}"
         ) from error
     except LiteRTError as error:
         raise ValueError(
