@@ -207,7 +207,7 @@ class InNumPy(layers.Layer):
 REFUSED = {
     "no operator": (lambda x: keras.ops.erfinv(x), None, "LiteRT has no operator for Erfinv"),
     "several": (lambda x: keras.ops.fft2((x, x))[0], "int8", "no operator for Complex, FFT2D"),
-    "no integer form": (lambda x: -x, "int16x8", "no integer form of NEG. 'int8_float_stat"),
+    "no integer form": (keras.ops.floor, "int16x8", "no integer form of FLOOR. 'int8_float_stat"),
     "integers of the model's own": (
         lambda x: keras.ops.matmul(keras.ops.cast(x, "int8"), np.ones((3, 2), "int8")),
         None,
@@ -276,7 +276,7 @@ def test_model_compiled_with_a_custom_loss_is_exported(tmp_path, rng):
 def test_report_describes_the_file(tmp_path, rng, capsys):
     """Errors as shares of the range with their limit, and what stayed in float."""
     inputs = keras.Input((12, 12, 3))
-    x = keras.ops.square(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
+    x = layers.UnitNormalization()(layers.Conv2D(6, 3)(frn(name="first")(inputs)))
     model, x = shuffled_weights(keras.Model(inputs, layers.Dense(3)(x))), images(rng)
     with pytest.warns(UserWarning, match="operators stay in float.*: 1 SQUARE"):
         report = export_tflite(

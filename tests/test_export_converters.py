@@ -349,10 +349,23 @@ def test_index_of_the_largest_or_least_is_an_operator(preset, tmp_path, rng):
         assert np.mean(actual == expected) > (0.9 if preset else 0.999)  # but for ties
 
 
+@pytest.mark.parametrize("preset", ["int8", "int16x8"])
+def test_negations_have_integers_and_squares_those_of_16_bits(preset, tmp_path, rng):
+    inputs = keras.Input((12, 12, 3))
+    x = frn_tlu_layer()(layers.Conv2D(6, 3)(inputs))
+    x = -x if preset == "int8" else keras.ops.square(-x)
+    model, x = shuffled_weights(keras.Model(inputs, layers.Conv2D(4, 1)(x))), images(rng)
+    options = {"quantization": preset, "calibration_data": x, "integer_io": True}
+    report = export_tflite(model, tmp_path / "m.tflite", **options)
+    assert not report.in_float
+    assert not {"SQUARE", "NEG"} & set(report.operators)
+    assert report.max_error_fraction < PRESETS[preset]
+
+
 def test_integer_io_refuses_float_operators_between(tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
-    model = keras.Model(inputs, -layers.Conv2D(6, 3)(inputs))
-    with pytest.raises(ValueError, match=r"`integer_io` must be False .*1 NEG in float"):
+    model = keras.Model(inputs, layers.UnitNormalization()(layers.Conv2D(6, 3)(inputs)))
+    with pytest.raises(ValueError, match=r"`integer_io` must be False .*1 SQUARE in float"):
         export_tflite(
             model,
             tmp_path / "m.tflite",
@@ -483,8 +496,12 @@ def test_scales_that_would_end_the_process_are_refused(name, preset, tmp_path, r
     inputs = keras.Input((12, 12, 3))
     x = layers.Conv2D(8, 3)(inputs)
     other = layers.Rescaling(-1.0 if name == "ADD" else 1.0, offset=1.0)(x)
-    combine = {"ADD": keras.ops.add, "SUB": keras.ops.subtract}
-    y = combine.get(name, lambda x, other: keras.ops.square(x - other))(x, other)
+    combine = {
+        "ADD": layers.Add(),
+        "SUB": layers.Subtract(),
+        "SQUARED_DIFFERENCE": layers.Lambda(lambda pair: keras.ops.square(pair[0] - pair[1])),
+    }
+    y = combine[name]([x, other])
     model = keras.Model(inputs, layers.Conv2D(8, 3)(y))
     options = {"quantization": preset, "calibration_data": 2e5 * images(rng)}
     with pytest.raises(ValueError, match=f"{name} gives numbers so small"):

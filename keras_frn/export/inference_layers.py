@@ -70,8 +70,9 @@ class Activation:
     no headroom in 16 bits. HARD_SWISH has no 16 bits at all. TensorFlow Lite Micro computes a RELU6
     in the scale of its input, without an error, unless the operator before it takes it in. In 8
     bits a network with PRELU takes twice as long as with steps, and its error is a little larger.
-    With LEAKY_RELU the errors are alike, and steps are twice as many pieces for XNNPACK. ELU has no
-    integers. Of an EXP whose results reach from 0 to thousands they keep nothing.
+    With LEAKY_RELU the errors are alike, and steps are twice as many pieces for XNNPACK. ELU, NEG
+    and SQUARE have no integers; in 8 bits, squares of a saturated tensor are less accurate than in
+    float. Of an EXP whose results reach from 0 to thousands integers keep nothing.
 
     Attributes:
         wants_steps: Whether 8 bits want it in steps, too.
@@ -108,6 +109,10 @@ class Activation:
             alpha = getattr(source, "alpha", 1.0)
             steps = functools.partial(_elu_in_steps, alpha=alpha)
             return cls(lambda x: ops.elu(x, alpha), steps, wants_steps=True)
+        if graph.is_operation(source, ops.square):
+            return cls(ops.square, lambda x: x * x)
+        if graph.is_operation(source, ops.negative):
+            return cls(ops.negative, lambda x: -1.0 * x, wants_steps=True)
         for index, find in (ops.argmax, "argmax"), (ops.argmin, "argmin"):
             if graph.is_operation(source, index) and source.axis is not None:
                 return cls(functools.partial(_find_index, find, source))
