@@ -88,7 +88,7 @@ def zero_mean():
     """Accuracy with plain and with zero-mean filters: the mean of three seeds, and its interval."""
     with open(RESULTS / "small_batch.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if not row["variant"]]
-    panels = {"batch 2, five passes": ("300000", "2"), "batch 32, five passes": ("300000", "32")}
+    panels = {"batch 2, five passes": ("300000", "2"), "batch 32, ten passes": ("600000", "32")}
     names = ("FRN + TLU", "GroupNormalization + ReLU", "BatchNormalization + ReLU")
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     for axes, (title, run) in zip(figure.subplots(2, 1), panels.items()):
