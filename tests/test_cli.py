@@ -34,7 +34,7 @@ def files(tmp_path, rng):
     frn = small(FilterResponseNormalizationTLU(tau_initializer=keras.initializers.Constant(-0.25)))
     frn.save(tmp_path / "frn.keras")
     small(keras.layers.BatchNormalization(), keras.layers.ReLU()).save(tmp_path / "bn.keras")
-    np.save(tmp_path / "x.npy", rng.normal(size=(40, 8, 8, 3)).astype("float32"))
+    np.save(tmp_path / "x.npy", rng.normal(size=(64, 8, 8, 3)).astype("float32"))
     return tmp_path
 
 
@@ -216,7 +216,7 @@ def test_data_of_several_inputs_are_arrays_of_their_names(files, capsys, rng):
     x = keras.layers.Concatenate()([keras.layers.GlobalAveragePooling2D()(x), meta])
     keras.Model([image, meta], keras.layers.Dense(2)(x)).save(files / "two.keras")
     images = np.load(files / "x.npy")
-    np.savez(files / "two.npz", image=images, a_meta=rng.normal(size=(40, 4)))
+    np.savez(files / "two.npz", image=images, a_meta=rng.normal(size=(64, 4)))
     np.savez(files / "one.npz", images=images)
     assert run("inspect", files / "two.keras", "--data", files / "two.npz") == 0
     assert "spread" in capsys.readouterr().out

@@ -47,7 +47,7 @@ def test_file_outputs_equal_model_outputs(preset, tmp_path, rng):
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
 def test_float_file_has_one_partition_and_eight_operators_per_frn_tlu(preset, tmp_path, rng):
     report = export_tflite(
-        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 16)
+        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 64)
     )
     # 2 convolutions, 2 * 8 (MUL MEAN ADD RSQRT MUL MUL ADD MAXIMUM), pooling, dense.
     count = sum(n for name, n in report.operators.items() if name != "DEQUANTIZE")
@@ -82,14 +82,14 @@ def test_multiple_inputs_and_named_outputs(preset, tmp_path, rng):
     x = layers.Concatenate()([x, extra])
     outputs = {"scores": layers.Dense(3)(x), "amount": layers.Dense(1)(x)}
     model = shuffled_weights(keras.Model([image, extra], outputs))
-    data = {"z_image": images(rng, 20, (8, 8, 3)), "a_extra": images(rng, 20, (4,))}
+    data = {"z_image": images(rng, 64, (8, 8, 3)), "a_extra": images(rng, 64, (4,))}
     as_list = [data["z_image"], data["a_extra"]]
     for calibration_data in (data, as_list, [(as_list, None)]):
         report = export_tflite(
             model, tmp_path / "m.tflite", quantization=preset, calibration_data=calibration_data
         )
         assert report.max_error < (1e-5 if preset is None else 0.1)
-        assert report.samples == 20
+        assert report.samples == 64
 
 
 @keras.saving.register_keras_serializable(package="test_export")
@@ -105,7 +105,7 @@ class Subclassed(keras.Model):
 
 
 def test_subclassed_model_is_exported_without_changes(tmp_path, rng):
-    x, model = images(rng, 20), Subclassed()
+    x, model = images(rng, 64), Subclassed()
     model(x)
     with pytest.warns(UserWarning, match="nothing is quantized: .* as a float32 file"):
         report = export_tflite(
@@ -243,7 +243,7 @@ def test_refused_operator_is_named_in_a_short_error(name, tmp_path, rng):
     inputs = keras.Input((8, 8, 3))
     model, path = keras.Model(inputs, function(inputs)), tmp_path / "m.tflite"
     path.write_bytes(b"before")
-    data = images(rng, 16, (8, 8, 3))
+    data = images(rng, 64, (8, 8, 3))
     with pytest.raises(ValueError, match=message) as caught:
         export_tflite(model, path, quantization=preset, calibration_data=data)
     assert len(str(caught.value)) < 600, "not the pages that the converter prints"
@@ -255,7 +255,7 @@ def test_refused_operator_is_named_in_a_short_error(name, tmp_path, rng):
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize("preset", [None, "int8"])
 def test_model_that_keras_has_quantized_is_refused_with_a_remedy(preset, tmp_path, rng):
-    model, data = small_model(), images(rng, 16)
+    model, data = small_model(), images(rng, 64)
     model.quantize("int8")
     with pytest.raises(ValueError, match=r"Export the model as it was before `model\.quantize`$"):
         export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=data)
@@ -266,7 +266,7 @@ def test_model_compiled_with_a_custom_loss_is_exported(tmp_path, rng):
     model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))
     weights = [w.numpy() for w in model.weights]
     export_tflite(
-        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 16)
+        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 64)
     )
     for before, after in zip(weights, model.weights):
         np.testing.assert_array_equal(before, after.numpy())
@@ -333,13 +333,16 @@ def test_npu_runs_every_operator(accelerator, tmp_path, rng):
 
 def test_useless_calibration_data_warns(tmp_path, rng):
     x = images(rng)
-    for data, message in ((0 * x, "hardly varies"), (x[:1], "1 different sample.")):
+    useless = (0 * x, "hardly varies"), (x[:1], "1 different sample."), (x[:63], "63 different")
+    for data, message in useless:
         with pytest.warns(UserWarning, match=message):
             report = export_tflite(
                 small_model(), tmp_path / "m.tflite", quantization="int8", calibration_data=data
             )
         assert any(message in text for text in report.warnings)
-    report = export_tflite(
-        small_model(), tmp_path / "m.tflite", quantization=None, calibration_data=x
-    )
+    for preset in ("int8", None):
+        report = export_tflite(
+            small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=x
+        )
+        assert not report.warnings
     assert f"image {x.min():.4g} to {x.max():.4g}" in str(report)

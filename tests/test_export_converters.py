@@ -41,7 +41,7 @@ def test_int8_file_with_integer_io_has_only_integer_tensors(tmp_path, rng):
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
 def test_convolution_weights_have_a_scale_per_channel(preset, tmp_path, rng):
     report = export_tflite(
-        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 16)
+        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 64)
     )
     details = LiteRT(report.path).interpreter
     found = {
@@ -201,7 +201,7 @@ def test_recurrent_layers_convert_with_a_fixed_batch(layer_class, tmp_path):
 
 
 def test_advice_for_recurrent_layers_works(tmp_path, rng):
-    x, path = images(rng, 16, (5, 4)), tmp_path / "m.tflite"
+    x, path = images(rng, 64, (5, 4)), tmp_path / "m.tflite"
     with pytest.raises(ValueError, match=r"fix the batch size .*Pass .*\(1, 5, 4\)"):
         export_tflite(recurrent(layers.GRU), path, quantization=None, calibration_data=x)
     fixed = [keras.InputSpec(shape=(1, 5, 4))]
@@ -233,7 +233,7 @@ def volumes(x):
 )
 def test_3d_model_is_quantized(preset, tmp_path, rng):
     inputs = keras.Input((8, 8, 8, 2))
-    model, x = keras.Model(inputs, volumes(inputs)), images(rng, 32, (8, 8, 8, 2))
+    model, x = keras.Model(inputs, volumes(inputs)), images(rng, 64, (8, 8, 8, 2))
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
     assert not report.in_float
@@ -304,7 +304,7 @@ def repeat(x):
 )
 def test_outputs_may_be_shared_or_used_inside(build, preset, integer_io, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
-    model, x = keras.Model(inputs, build(inputs)), images(rng, 32)
+    model, x = keras.Model(inputs, build(inputs)), images(rng, 64)
     report = export_tflite(
         model,
         tmp_path / "m.tflite",
@@ -336,7 +336,7 @@ def test_index_of_the_largest_or_least_is_an_operator(preset, tmp_path, rng):
     inputs = keras.Input((6, 6, 3))
     x = keras.ops.relu(frn()(layers.Conv2D(4, 1)(inputs)))
     found = [keras.ops.argmax(x, -1), keras.ops.argmin(x, axis=1, keepdims=True)]
-    model, x = shuffled_weights(keras.Model(inputs, found)), images(rng, 32, (6, 6, 3))
+    model, x = shuffled_weights(keras.Model(inputs, found)), images(rng, 64, (6, 6, 3))
     report = export_tflite(
         model,
         tmp_path / "m.tflite",
@@ -441,7 +441,7 @@ def test_operators_that_the_quantizer_lacks_are_written_in_others(parts, preset,
     inputs = [keras.Input(shape, name=f"x{i}") for i, (_, shape) in enumerate(parts)]
     copies = [type(layer).from_config(layer.get_config()) for layer, _ in parts]
     model = shuffled_weights(keras.Model(inputs, [f(x) for f, x in zip(copies, inputs)]))
-    x = [images(rng, 32, [size or 9 for size in shape]) for _, shape in parts]
+    x = [images(rng, 64, [size or 9 for size in shape]) for _, shape in parts]
     options = {"quantization": preset, "calibration_data": x[0] if len(x) == 1 else x}
     report = export_tflite(model, tmp_path / "m.tflite", **options)
     expected = model.predict(x, verbose=0)

@@ -136,7 +136,7 @@ def test_equalization_changes_scales_but_not_outputs(name, rng):
     for weight in model.weights:
         if weight.path.endswith("kernel"):
             weight.assign(weight * 10 ** rng.uniform(-2, 0, weight.shape[-1:]))
-    x = images(rng, 16, model.input_shape[1:])
+    x = images(rng, 64, model.input_shape[1:])
     expected = model.predict(x, verbose=0)
     before = [w.numpy() for w in model.weights]
 
@@ -165,7 +165,7 @@ def test_nested_model_called_twice_is_not_equalized(rng):
     inputs = keras.Input((10, 10, 4))
     calls = [inner(layers.Conv2D(6, 3)(inputs)) for _ in range(2)]
     model = shuffled_weights(keras.Model(inputs, layers.Add()(calls)))
-    x = images(rng, 16, (10, 10, 4))
+    x = images(rng, 64, (10, 10, 4))
     copy = InferenceCopy(model)
     copy.equalize([[x]])
     assert copy.not_equalized == {"inner": "it is fed by the model's input"}
@@ -251,7 +251,7 @@ UNSCALABLE = {
 def test_unscalable_layers_are_skipped_with_a_reason(name, rng):
     model, layer, reason = UNSCALABLE[name]
     shuffled_weights(model)
-    x = images(rng, 16, model.input_shape[1:])
+    x = images(rng, 64, model.input_shape[1:])
     copy = InferenceCopy(model)
     copy.equalize([[x]])
     assert copy.not_equalized[layer] == reason
@@ -315,7 +315,7 @@ def test_max_pooling_moves_before_the_scale_if_exact(name, integer_form, rng):
     convolution = layers.Conv2D(4, 3, padding="same")
     model = keras.Sequential([keras.Input((10, 10, 4)), convolution, *make(), *after])
     model = with_falling(shuffled_weights(model))
-    x = images(rng, 16, (10, 10, 4))
+    x = images(rng, 64, (10, 10, 4))
     copy = InferenceCopy(model)
     copy.pool_first()
     if integer_form:
@@ -330,7 +330,7 @@ def test_max_pooling_stays_if_its_input_has_other_consumers(tmp_path, rng):
     x = frn_tlu_layer()(layers.Conv2D(4, 3)(inputs))
     pooled = layers.Flatten()(layers.MaxPooling2D(2)(x))
     model = shuffled_weights(keras.Model(inputs, [pooled, layers.GlobalAveragePooling2D()(x)]))
-    data = images(rng, 16, (10, 10, 4))
+    data = images(rng, 64, (10, 10, 4))
     assert export_tflite(model, tmp_path / "m.tflite", calibration_data=data).max_error < 1e-5
 
 
@@ -344,7 +344,7 @@ def test_reshape_to_known_sizes_is_one_operator(layer, tmp_path, rng):
         model,
         tmp_path / "m.tflite",
         quantization="int8",
-        calibration_data=images(rng, 16),
+        calibration_data=images(rng, 64),
         integer_io=True,
     )
     assert "SHAPE" not in report.operators
@@ -386,7 +386,7 @@ def test_relu6_becomes_two_integer_subtractions(tmp_path, rng):
     model = shuffled_weights(keras.Model(inputs, x))
     model.layers[2].gamma.assign(np.full(6, 6.0))
     report = export_tflite(
-        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 16)
+        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 64)
     )
     assert report.operators["SUB"] == 2 * 2, "of two tensors, as equal branches become one"
     assert "RELU6" not in report.operators, "alone, or not taken in by a convolution"
@@ -403,7 +403,7 @@ def test_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
         model = keras.Model(inputs, layers.Dense(3)(x))
     finally:
         keras.config.set_dtype_policy(with_policy)
-    x = images(rng, 16)
+    x = images(rng, 64)
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     # Half precision, of the model, rounds at 5e-4.
     assert report.max_error < 5e-3
@@ -414,7 +414,7 @@ def test_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
 
 
 def test_stateful_layers_call_arguments_and_lambdas_are_exported(tmp_path, rng):
-    x = images(rng, 16) * 3 + 5
+    x = images(rng, 64) * 3 + 5
     normalization = layers.Normalization()
     normalization.adapt(x)
     inputs = keras.Input((12, 12, 3))

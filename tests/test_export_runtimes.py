@@ -244,7 +244,7 @@ def test_tflite_micro_reads_the_weights_of_a_large_file(tmp_path):
             keras.layers.Conv2D(4, 1),
         ]
     )
-    x = rng.normal(size=(32, 5, 5, 64)).astype("float32")
+    x = rng.normal(size=(64, 5, 5, 64)).astype("float32")
     path = tmp_path / "m.tflite"
     report = keras_frn.export_tflite(
         model, path, quantization="int8", calibration_data=x, integer_io=True

@@ -33,9 +33,9 @@ def test_unknown_sizes_stay_dynamic(tmp_path, rng):
             ]
         )
     )
-    batches = [images(rng, 8, (9, 9, 3)), images(rng, 9, (7, 12, 3))]
+    batches = [images(rng, 32, (9, 9, 3)), images(rng, 33, (7, 12, 3))]
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=iter(batches))
-    assert report.samples == 17
+    assert report.samples == 65
     for x in batches:
         close(LiteRT(report.path)(x)[0], model(x, training=False), FLOAT)
     assert export_tflite(model, tmp_path / "m.tflite").operators == report.operators
@@ -48,7 +48,7 @@ def test_unknown_sizes_stay_dynamic(tmp_path, rng):
         model,
         tmp_path / "m.tflite",
         quantization="int8",
-        calibration_data=images(rng, 16, (9, 9, 3)),
+        calibration_data=images(rng, 64, (9, 9, 3)),
     )
     assert {(-1, 9, 9, 3), (-1, 7, 7, 6)} <= stored_shapes(report.path)
     assert "takes the size of the calibration data only, (9, 9, 3)" in str(report)
@@ -76,7 +76,7 @@ def test_signature_fixes_all_sizes(preset, tmp_path, rng):
             ]
         )
     )
-    x = images(rng, 32, (9, 9, 3))
+    x = images(rng, 64, (9, 9, 3))
     spec = tf.TensorSpec((1, 9, 9, 3)) if preset else keras.InputSpec(shape=(1, 9, 9, 3))
     report = export_tflite(
         model,
@@ -104,7 +104,7 @@ def test_fixed_batch_of_the_model_is_kept(tmp_path, rng):
         small_model(batch_size=1),
         tmp_path / "m.tflite",
         quantization=None,
-        calibration_data=images(rng, 16),
+        calibration_data=images(rng, 64),
     )
     assert (1, 12, 12, 3) in stored_shapes(report.path)
     report = export_tflite(small_model(), tmp_path / "m.tflite")
@@ -153,7 +153,7 @@ def test_inputs_may_have_names_that_tensorflow_refuses(tmp_path, rng):
     names = ("über 1", "a:0")
     inputs = [keras.Input((4,), name=name) for name in names]
     model = keras.Model(inputs, keras.layers.Subtract()(inputs))
-    x = [images(rng, 16, (4,)), 1 + images(rng, 16, (4,))]
+    x = [images(rng, 64, (4,)), 1 + images(rng, 64, (4,))]
     # By the names of the model, in another order than the alphabet's.
     data = dict(zip(names, x, strict=True))
     options = {"quantization": "int8", "calibration_data": data}
@@ -172,7 +172,7 @@ def test_signature_of_a_subclassed_model_with_named_inputs(tmp_path, rng):
         def call(self, inputs):
             return self.dense(inputs["a"]) + inputs["b"]
 
-    model, data = TwoInputs(), {"a": images(rng, 16, (4,)), "b": images(rng, 16, (3,))}
+    model, data = TwoInputs(), {"a": images(rng, 64, (4,)), "b": images(rng, 64, (3,))}
     model(data)
     shapes = {"a": (1, 4), "b": (1, 3)}
     signature = [{name: keras.InputSpec(shape=shape) for name, shape in shapes.items()}]
