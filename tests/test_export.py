@@ -47,7 +47,7 @@ def test_file_outputs_equal_model_outputs(preset, tmp_path, rng):
 @pytest.mark.parametrize("preset", [None, "float16", "dynamic"])
 def test_float_file_has_one_partition_and_eight_operators_per_frn_tlu(preset, tmp_path, rng):
     report = export_tflite(
-        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 64)
+        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng)
     )
     # 2 convolutions, 2 * 8 (MUL MEAN ADD RSQRT MUL MUL ADD MAXIMUM), pooling, dense.
     count = sum(n for name, n in report.operators.items() if name != "DEQUANTIZE")
@@ -105,7 +105,7 @@ class Subclassed(keras.Model):
 
 
 def test_subclassed_model_is_exported_without_changes(tmp_path, rng):
-    x, model = images(rng, 64), Subclassed()
+    x, model = images(rng), Subclassed()
     model(x)
     with pytest.warns(UserWarning, match="nothing is quantized: .* as a float32 file"):
         report = export_tflite(
@@ -255,7 +255,7 @@ def test_refused_operator_is_named_in_a_short_error(name, tmp_path, rng):
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.parametrize("preset", [None, "int8"])
 def test_model_that_keras_has_quantized_is_refused_with_a_remedy(preset, tmp_path, rng):
-    model, data = small_model(), images(rng, 64)
+    model, data = small_model(), images(rng)
     model.quantize("int8")
     with pytest.raises(ValueError, match=r"Export the model as it was before `model\.quantize`$"):
         export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=data)
@@ -265,9 +265,7 @@ def test_model_compiled_with_a_custom_loss_is_exported(tmp_path, rng):
     model = small_model()
     model.compile("sgd", loss=lambda y, z: keras.ops.mean(z - y))
     weights = [w.numpy() for w in model.weights]
-    export_tflite(
-        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 64)
-    )
+    export_tflite(model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng))
     for before, after in zip(weights, model.weights):
         np.testing.assert_array_equal(before, after.numpy())
     assert model.get_layer("first").epsilon == 1e-6

@@ -69,7 +69,7 @@ def test_error_beyond_the_limit_warns(tmp_path, rng):
             keras.Sequential([model, layers.Rescaling(0.1), Elsewhere()]),
             tmp_path / "m.tflite",
             quantization="float16",
-            calibration_data=images(rng, 64),
+            calibration_data=images(rng),
         )
     assert "float16 should stay within 0.01" in str(report)
 
@@ -96,7 +96,7 @@ def test_ill_conditioned_model_is_exported_with_a_warning(tmp_path, rng):
 @pytest.mark.filterwarnings("ignore:Layer .* normalizes single positions")
 @pytest.mark.parametrize("is_ill_conditioned", [False, True])
 def test_float_file_near_its_limit_warns_if_roundings_are_amplified(is_ill_conditioned, rng):
-    model, x = small_model(), images(rng, 64)
+    model, x = small_model(), images(rng)
     if is_ill_conditioned:
         model, x = ill_conditioned_model(), images(rng, 500, (16,))
     specs = specs_of(model, None)
@@ -114,7 +114,7 @@ def test_nan_from_the_file_alone_is_an_error(tmp_path, rng, monkeypatch):
             small_model(),
             tmp_path / "m.tflite",
             quantization=None,
-            calibration_data=images(rng, 64),
+            calibration_data=images(rng),
         )
 
 

@@ -41,7 +41,7 @@ def test_int8_file_with_integer_io_has_only_integer_tensors(tmp_path, rng):
 @pytest.mark.parametrize("preset", ["int8", "int8_float_statistics", "int16x8"])
 def test_convolution_weights_have_a_scale_per_channel(preset, tmp_path, rng):
     report = export_tflite(
-        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng, 64)
+        small_model(), tmp_path / "m.tflite", quantization=preset, calibration_data=images(rng)
     )
     details = LiteRT(report.path).interpreter
     found = {
@@ -304,7 +304,7 @@ def repeat(x):
 )
 def test_outputs_may_be_shared_or_used_inside(build, preset, integer_io, tmp_path, rng):
     inputs = keras.Input((12, 12, 3))
-    model, x = keras.Model(inputs, build(inputs)), images(rng, 64)
+    model, x = keras.Model(inputs, build(inputs)), images(rng)
     report = export_tflite(
         model,
         tmp_path / "m.tflite",

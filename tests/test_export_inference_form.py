@@ -344,7 +344,7 @@ def test_reshape_to_known_sizes_is_one_operator(layer, tmp_path, rng):
         model,
         tmp_path / "m.tflite",
         quantization="int8",
-        calibration_data=images(rng, 64),
+        calibration_data=images(rng),
         integer_io=True,
     )
     assert "SHAPE" not in report.operators
@@ -386,7 +386,7 @@ def test_relu6_becomes_two_integer_subtractions(tmp_path, rng):
     model = shuffled_weights(keras.Model(inputs, x))
     model.layers[2].gamma.assign(np.full(6, 6.0))
     report = export_tflite(
-        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng, 64)
+        model, tmp_path / "m.tflite", quantization="int8", calibration_data=images(rng)
     )
     assert report.operators["SUB"] == 2 * 2, "of two tensors, as equal branches become one"
     assert "RELU6" not in report.operators, "alone, or not taken in by a convolution"
@@ -403,7 +403,7 @@ def test_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
         model = keras.Model(inputs, layers.Dense(3)(x))
     finally:
         keras.config.set_dtype_policy(with_policy)
-    x = images(rng, 64)
+    x = images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", calibration_data=x)
     # Half precision, of the model, rounds at 5e-4.
     assert report.max_error < 5e-3
@@ -414,7 +414,7 @@ def test_mixed_precision_model_is_exported_in_float32(tmp_path, rng):
 
 
 def test_stateful_layers_call_arguments_and_lambdas_are_exported(tmp_path, rng):
-    x = images(rng, 64) * 3 + 5
+    x = images(rng) * 3 + 5
     normalization = layers.Normalization()
     normalization.adapt(x)
     inputs = keras.Input((12, 12, 3))

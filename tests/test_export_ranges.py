@@ -91,7 +91,7 @@ def test_overflowing_squares_are_named(tmp_path, rng):
 
 
 def test_16_bits_reach_beyond_the_calibration_data(tmp_path, rng):
-    x, model, path = images(rng, 64), small_model(), tmp_path / "m.tflite"
+    x, model, path = images(rng), small_model(), tmp_path / "m.tflite"
     export_tflite(model, path, quantization="int16x8", calibration_data=x)
     (actual,) = LiteRT(path)(1.4 * x)
     expected = model.predict(1.4 * x, verbose=0)
@@ -124,7 +124,7 @@ def test_activations_leave_16_bits_their_headroom(tmp_path, rng):
     ]
     x = layers.GlobalAveragePooling2D()(layers.Concatenate()(branches))
     model = keras.Model(inputs, layers.Dense(4)(x))
-    x = images(rng, 64)
+    x = images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", quantization="int16x8", calibration_data=x)
     kinds = {"LEAKY_RELU", "PRELU", "HARD_SWISH", "RELU6", "MINIMUM", "ELU", "EXP"}
     assert not kinds & set(report.operators)
@@ -136,7 +136,7 @@ def test_steep_activation_stays_as_it_is(tmp_path, rng):
     """max(x, a * x) is a rectifier for a <= 1 only."""
     inputs = keras.Input((12, 12, 3))
     x = layers.PReLU(keras.initializers.Constant(1.5))(layers.Conv2D(4, 3)(inputs))
-    model, x = keras.Model(inputs, layers.LeakyReLU(2.0)(x)), images(rng, 64)
+    model, x = keras.Model(inputs, layers.LeakyReLU(2.0)(x)), images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", quantization="int8", calibration_data=x)
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS["int8"])
 
@@ -164,7 +164,7 @@ def test_units_that_no_sample_wakes_up_have_a_range(preset, tmp_path, rng):
     squeezed = layers.Dense(4, "relu", use_bias=False, kernel_initializer=asleep)(squeezed)
     gates = layers.Dense(8, "sigmoid", use_bias=False)(squeezed)
     model = keras.Model(inputs, layers.Conv2D(4, 3)(layers.Multiply()([x, gates])))
-    x = images(rng, 64)
+    x = images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
     assert not report.warnings
@@ -175,7 +175,7 @@ def test_a_sum_of_nothing_but_roundings_has_the_range_of_what_it_adds(preset, sh
     """As in an ELU of positive numbers, where TensorFlow Lite Micro would end the process."""
     positive = [layers.Conv2D(8, 3), layers.ReLU(), layers.ELU(), layers.Conv2D(4, 3)]
     model = keras.Sequential([keras.Input((12, 12, 3)), *positive])
-    x = images(rng, 64)
+    x = images(rng)
     report = export_tflite(model, tmp_path / "m.tflite", quantization=preset, calibration_data=x)
     close(LiteRT(report.path)(x)[0], model.predict(x, verbose=0), PRESETS[preset])
     runtime = LiteRT(report.path, is_plain=True)

@@ -104,7 +104,7 @@ def test_fixed_batch_of_the_model_is_kept(tmp_path, rng):
         small_model(batch_size=1),
         tmp_path / "m.tflite",
         quantization=None,
-        calibration_data=images(rng, 64),
+        calibration_data=images(rng),
     )
     assert (1, 12, 12, 3) in stored_shapes(report.path)
     report = export_tflite(small_model(), tmp_path / "m.tflite")

@@ -161,8 +161,8 @@ def export_tflite(
         if found.max_error is None:
             runtime.allocate()
     except ConversionError as error:
-        kept = [x for x in graph.list_layers(model) if getattr(x, "quantization_mode", None)]
-        remedy = ". Export the model as it was before `model.quantize`" if kept else ""
+        modes = [getattr(x, "quantization_mode", None) for x in graph.list_layers(model)]
+        remedy = ". Export the model as it was before `model.quantize`" if any(modes) else ""
         raise ValueError(
             "`model` must have operators that LiteRT has with "
             f"quantization={quantization!r}. Received: {model.name}, but {error}{remedy}"

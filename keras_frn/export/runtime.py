@@ -110,11 +110,10 @@ class LiteRT:
             limit = _SCALE_RATIOS[name].get(bits)
             if not first.size or not second.size or not output.size or limit is None:
                 continue
-            step = {
-                "ADD": max(*first, *second),
-                "SUB": max(*first, *second),
-                "SQUARED_DIFFERENCE": max(*first, *second) ** 2,
-            }.get(name, first.max() * second.max())
+            largest = max(*first, *second)
+            step = {"ADD": largest, "SUB": largest, "SQUARED_DIFFERENCE": largest**2}.get(
+                name, first.max() * second.max()
+            )
             if step / output[0] >= limit:
                 raise LiteRTError(
                     f"{name} gives numbers so small beside those it reads that {bits} bits do not "
